@@ -1,0 +1,44 @@
+# `make` lists what there is. Each of `demo`, `test`, `check` and `bench` does its own set-up.
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+LABELS ?= true
+NAME ?= wire
+
+help:                  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+setup: .venv/ready     ## make .venv with everything the other targets need
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: setup            ## tune a model with eight devices on this machine (LABELS=shuffled: the control)
+	$(BIN)/python -m deploy.demo --labels $(LABELS)
+
+test: setup            ## all tests a newcomer's machine can run
+	$(BIN)/python -m pytest
+
+test-unit: setup       ## the tests that need no process and no broker
+	$(BIN)/python -m pytest tests/unit
+
+check: setup           ## everything static
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/codespell shared services edge_client deploy tests README.md ARCHITECTURE.md CHANGELOG.md
+
+fmt: setup             ## format and mend what can be mended
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup           ## figures as JSON lines: NAME=wire, edge, close or fold
+	@$(BIN)/python -m tests.bench $(NAME)
+
+clean:                 ## forget the virtual environment and everything built
+	rm -rf .venv build dist
+
+.PHONY: help setup demo test test-unit check fmt bench clean

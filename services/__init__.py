@@ -1,0 +1,1 @@
+"""The services, one package each. None imports another: all that passes is `shared.messages`."""

@@ -1,0 +1,324 @@
+"""Bus to state and back: takes messages, logs what `state` decides, does what follows."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
+
+from services.aggregator.config import Settings
+from services.aggregator.folding import Outcome
+from services.aggregator.state import JobState, open_job
+from shared import blobs, subjects
+from shared.bus import Bus, Delivery, Stored, Streams
+from shared.clock import Clock
+from shared.codec import decode, encode
+from shared.errors import MalformedMessage, RejectError, TransientError
+from shared.log import LogWriter, ensure_streams, read
+from shared.logs import get
+from shared.messages import (
+    DetailEvent,
+    JobAccepted,
+    JobOpened,
+    JobsListed,
+    ListJobs,
+    LogEvent,
+    Message,
+    Refused,
+    RoundClosed,
+    ServiceReport,
+    StopJob,
+    SubmitJob,
+    SubmitUpdate,
+    UpdateSettled,
+)
+from shared.metrics import Counters
+from shared.runtime import Stop, project_version, settle
+
+log = get("aggregator")
+
+TICK_S = 0.1
+TAKE_WAIT_S = 5.0
+
+
+class Aggregator:
+    """All jobs of one log. One decision at a time: `_turn` is held from decide to effects."""
+
+    def __init__(self, bus: Bus, streams: Streams, settings: Settings, clock: Clock) -> None:
+        self.jobs: dict[str, JobState] = {}
+        self.counters = Counters()
+        self._bus = bus
+        self._streams = streams
+        self._settings = settings
+        self._clock = clock
+        self._turn = asyncio.Lock()
+        self._opened_at: dict[str, float] = {}
+        self._log: LogWriter
+        self._detail: LogWriter
+
+    async def serve(self, stop: Stop, ready: Callable[[], None] = lambda: None) -> None:
+        """Replay the log, do what a crash left undone, then serve until `stop`."""
+        await ensure_streams(self._streams)
+        await self.replay()
+        for job in list(self.jobs.values()):
+            await self._settle_state(job)
+        async with asyncio.TaskGroup() as tasks:
+            background = [
+                tasks.create_task(self._requests()),
+                tasks.create_task(self._ticks()),
+                tasks.create_task(self._reports()),
+            ]
+            ready()
+            log.info("aggregator_ready", jobs=len(self.jobs))
+            await self._updates(stop)
+            for task in background:
+                task.cancel()
+        await self._bus.flush()
+
+    async def replay(self) -> None:
+        """Evolve over LOG, then over the part of DETAIL that may still matter."""
+        self._log = await LogWriter.open(self._streams, subjects.LOG_STREAM)
+        self._detail = await LogWriter.open(self._streams, subjects.DETAIL_STREAM)
+        counted: dict[str, list[int]] = {}
+        everything = read(self._streams, subjects.LOG_STREAM, subjects.ALL_LOGS)
+        async with aclosing(everything) as events:
+            async for sequence, event in events:
+                if isinstance(event, LogEvent):
+                    self._evolve(event, sequence)
+                if isinstance(event, RoundClosed):
+                    counted.setdefault(event.job, []).append(event.detail_sequence)
+        for name, job in self.jobs.items():
+            if job.ended:
+                continue
+            # Older rounds than these can have no latecomers any more.
+            closes = counted.get(name, [])[: -job.spec.pacing.lateness_rounds - 2]
+            after = closes[-1] if closes else 0
+            private = read(self._streams, subjects.DETAIL_STREAM, subjects.detail(name), after)
+            async with aclosing(private) as details:
+                async for sequence, detail in details:
+                    job.evolve(detail, sequence)
+
+    # ---- what comes in
+
+    async def _requests(self) -> None:
+        pattern = f"{subjects.PREFIX}.job.*"
+        async with self._bus.subscribe(pattern, queue="aggregator") as deliveries:
+            async for delivery in deliveries:
+                await settle(self._on_request(delivery), self.counters, what="request")
+
+    async def _on_request(self, delivery: Delivery) -> None:
+        try:
+            request = decode(delivery.data, Message)
+            answer = await self._answer(request)
+        except RejectError as error:
+            self.counters.add("jobs_refused")
+            answer = Refused(reason=str(error))
+        await self._reply(delivery, answer)
+
+    async def _answer(self, request: Message) -> Message:
+        match request:
+            case SubmitJob():
+                return await self._submit(request)
+            case StopJob():
+                return await self._stop_job(request)
+            case ListJobs():
+                return JobsListed(jobs=[job.summary() for job in self.jobs.values()])
+            case _:
+                raise MalformedMessage(f"{type(request).__name__} is no request of an operator")
+
+    async def _submit(self, request: SubmitJob) -> Message:
+        async with self._turn:
+            if request.job in self.jobs:
+                raise RejectError(f"job {request.job!r} exists already; choose another name")
+            events = open_job(request)
+            for event in events:
+                await self._commit(event)
+        await self._settle_state(self.jobs[request.job])
+        log.info("job_opened", job=request.job, rounds=request.spec.tuning.rounds)
+        return JobAccepted(job=request.job)
+
+    async def _stop_job(self, request: StopJob) -> Message:
+        job = self.jobs.get(request.job)
+        if job is None or job.ended:
+            raise RejectError(f"no job {request.job!r} is running; see `seedwire job list`")
+        async with self._turn:
+            for event in job.decide_close(stop=True):
+                await self._commit(event)
+        await self._settle_state(job)
+        return JobAccepted(job=request.job)
+
+    async def _updates(self, stop: Stop) -> None:
+        """Fold batches until `stop`; a batch in hand is finished."""
+        while not stop.asked:
+            taking = asyncio.ensure_future(
+                self._streams.take(
+                    subjects.UPDATES_STREAM,
+                    "aggregator",
+                    limit=self._settings.batch,
+                    wait_s=TAKE_WAIT_S,
+                )
+            )
+            stopping = asyncio.ensure_future(stop.wait())
+            await asyncio.wait({taking, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            stopping.cancel()
+            if not taking.done():
+                taking.cancel()
+                return
+            try:
+                batch = taking.result()
+            except TransientError as error:
+                log.warning("updates_not_taken", error=str(error))
+                await stop.sleep(error.delay_s)
+                continue
+            if batch is None:
+                continue
+            outcome, _ = await settle(self.fold(batch.messages), self.counters, what="updates")
+            if outcome in ("done", "rejected"):
+                await batch.done()
+            else:
+                await batch.again(1.0)
+
+    async def fold(self, messages: Sequence[Stored]) -> None:
+        """Decide, log, evolve and settle one batch of stored updates."""
+        by_job: dict[str, list[SubmitUpdate]] = {}
+        for message in messages:
+            try:
+                update = decode(message.data, SubmitUpdate)
+                self._check_sender(message.subject, update)
+            except RejectError as error:
+                self.counters.add("messages_malformed")
+                await self._settled_unread(message, str(error))
+            else:
+                by_job.setdefault(update.key.job, []).append(update)
+        for name, updates in by_job.items():
+            await self._fold_job(name, updates)
+
+    async def _fold_job(self, name: str, updates: Sequence[SubmitUpdate]) -> None:
+        job = self.jobs.get(name)
+        if job is None:
+            reason = f"job {name!r} is unknown here"
+            await self._settle(updates, [Outcome("rejected", reason)] * len(updates))
+            return
+        async with self._turn:
+            event, outcomes = job.decide_updates(updates)
+            if event is not None:
+                await self._detail_commit(job, event)
+        await self._settle(updates, outcomes)
+        await self._settle_state(job)
+
+    async def _ticks(self) -> None:
+        while True:
+            await self._clock.sleep(TICK_S)
+            now = self._clock.now()
+            for job in list(self.jobs.values()):
+                opened = job.open
+                if opened and now - self._opened_at[job.job] >= opened.deadline_s:
+                    await settle(self._overdue(job), self.counters, what="deadline")
+
+    async def _overdue(self, job: JobState) -> None:
+        async with self._turn:
+            for event in job.decide_close(overdue=True):
+                await self._commit(event)
+        await self._settle_state(job)
+
+    # ---- what follows from the log
+
+    async def _settle_state(self, job: JobState) -> None:
+        """Log evaluations, close, report, publish and open until the log lacks nothing."""
+        while True:
+            async with self._turn:
+                published = await self._publish(job)
+                events = job.decide_next()
+                for event in events:
+                    if isinstance(event, DetailEvent):
+                        await self._detail_commit(job, event)
+                    else:
+                        await self._commit(event)
+            if not (events or published):
+                return
+
+    async def _publish(self, job: JobState) -> bool:
+        if not job.snapshot_due or job.adapter is None or job.open is not None:
+            return False
+        reference = await blobs.put(self._streams, job.adapter.to_bytes())
+        await self._commit(job.decide_published(reference))
+        if job.outdated_snapshot:
+            await blobs.delete(self._streams, job.outdated_snapshot)
+        return True
+
+    async def _commit(self, event: LogEvent) -> None:
+        sequence = await self._log.append(event.job, event)
+        self.counters.add("log_appends")
+        self._evolve(event, sequence)
+        if isinstance(event, RoundClosed):
+            self.counters.add("rounds_closed")
+            self.counters.add("rounds_abandoned", event.reason == "abandoned")
+            log.info(
+                "round_closed",
+                job=event.job,
+                round=event.round,
+                reason=event.reason,
+                devices=event.devices,
+                probes=event.probes,
+                loss=event.loss,
+            )
+
+    async def _detail_commit(self, job: JobState, event: DetailEvent) -> None:
+        sequence = await self._detail.append(event.job, event)
+        self.counters.add("log_appends")
+        job.evolve(event, sequence)
+
+    def _evolve(self, event: LogEvent, sequence: int) -> None:
+        if isinstance(event, JobOpened):
+            self.jobs[event.job] = JobState(event)
+        job = self.jobs[event.job]
+        before = job.open
+        job.evolve(event, sequence)
+        if job.open is not before:
+            self._opened_at[job.job] = self._clock.now()
+
+    # ---- what goes out
+
+    async def _reply(self, delivery: Delivery, answer: Message) -> None:
+        if delivery.reply:
+            await self._bus.publish(delivery.reply, encode(answer))
+
+    async def _settle(self, updates: Sequence[SubmitUpdate], outcomes: Sequence[Outcome]) -> None:
+        for update, outcome in zip(updates, outcomes, strict=True):
+            self.counters.add(f"updates_{outcome.word}")
+            if outcome.word == "rejected":
+                log.warning("update_rejected", key=update.key.text(), reason=outcome.reason)
+            message = UpdateSettled(
+                key=update.key.text(), outcome=outcome.word, reason=outcome.reason
+            )
+            await self._bus.publish(subjects.settled(update.key.device), encode(message))
+
+    async def _settled_unread(self, message: Stored, reason: str) -> None:
+        """Settle an update that cannot be read, by the key that its header names."""
+        self.counters.add("updates_rejected")
+        device = subjects.last_token(message.subject)
+        key = message.headers.get(subjects.KEY_HEADER, "")
+        log.warning("update_unreadable", device=device, key=key, reason=reason)
+        if key:
+            settled = UpdateSettled(key=key[:400], outcome="rejected", reason=reason[:500])
+            await self._bus.publish(subjects.settled(device), encode(settled))
+
+    def _check_sender(self, subject: str, update: SubmitUpdate) -> None:
+        expected = subjects.update(update.key.job, update.key.device)
+        if subject != expected:
+            raise RejectError(f"an update of {expected} was sent on {subject}")
+
+    async def _reports(self) -> None:
+        started, sent = self._clock.now(), {}
+        while True:
+            self.counters.put("reconnects", self._bus.reconnects)
+            self.counters.put("deliveries_dropped", self._bus.dropped)
+            counts = dict(self.counters.snapshot())
+            if counts != sent:
+                report = ServiceReport(
+                    service="aggregator",
+                    version=project_version(),
+                    uptime_s=self._clock.now() - started,
+                    counters=counts,
+                )
+                await self._bus.publish(subjects.service("aggregator"), encode(report))
+                sent = counts
+            await self._clock.sleep(self._settings.report_every_s)

@@ -1,0 +1,54 @@
+"""Messages to MessagePack and back; the only place that decodes what came off the wire."""
+
+from typing import TypeVar
+
+import msgspec
+
+from shared.errors import MalformedMessage
+from shared.messages import AnyMessage, Manifest, Message
+
+Kind = TypeVar("Kind")
+
+MAX_MESSAGE_BYTES = 512 * 1024
+"""Above this a blob's digest is sent instead."""
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(AnyMessage)
+_manifests = msgspec.msgpack.Decoder(Manifest)
+
+
+def encode(message: Message) -> bytes:
+    """The MessagePack of one message."""
+    return _encoder.encode(message)
+
+
+def decode(data: bytes, expected: type[Kind]) -> Kind:
+    """The message in `data`, which must be an `expected` (a type or a union of types).
+
+    Raises:
+        MalformedMessage: not MessagePack, not of its schema, or of another type.
+    """
+    try:
+        message = _decoder.decode(data)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, ValueError) as error:
+        raise MalformedMessage(f"not a message: {error}") from error
+    if not isinstance(message, expected):
+        raise MalformedMessage(f"a {type(message).__name__} where it has no meaning")
+    return message
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The bytes of a manifest; they, not their meaning, enter the adapter's digest."""
+    return _encoder.encode(manifest)
+
+
+def decode_manifest(data: bytes) -> Manifest:
+    """The manifest in `data`.
+
+    Raises:
+        MalformedMessage: not a manifest.
+    """
+    try:
+        return _manifests.decode(data)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, ValueError) as error:
+        raise MalformedMessage(f"not a manifest: {error}") from error

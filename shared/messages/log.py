@@ -1,0 +1,259 @@
+"""The facts of a job. LOG is public and holds all that theta is made of; DETAIL names devices."""
+
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from shared.messages.base import (
+    Count,
+    Digest,
+    Finite,
+    Message,
+    Name,
+    Part,
+    Range,
+    Ranges,
+    Record,
+    Round,
+    Seconds,
+)
+from shared.messages.jobs import How, JobSpec
+
+
+class JobOpened(Message, frozen=True):
+    job: Name
+    spec: JobSpec
+
+
+class EpochOpened(Message, frozen=True):
+    """The adapter starts at zero over what `manifest` (an encoded Manifest) says."""
+
+    job: Name
+    epoch: Count
+    manifest: bytes
+    digest: Digest
+    """Of the adapter at theta = 0, round 0."""
+
+
+class RoundOpened(Message, frozen=True):
+    """Devices may measure round `round` at the adapter `digest`.
+
+    `tune` rounds have a pool of `directions` from stream `stream_round`; an `evaluate` round has
+    none and waits for evaluations alone. `block_first, block_count` is the scope: which manifest
+    blocks the directions move.
+    """
+
+    job: Name
+    epoch: Count
+    round: Round
+    stream_round: Round
+    kind: Literal["tune", "evaluate"]
+    how: How
+    directions: Count
+    eps: Finite
+    batch_rows: Count
+    scope: tuple[Count, Count]
+    digest: Digest
+    evaluate: bool
+    enough_devices: Count
+    enough_probes: Count
+    over_selection: Finite
+    deadline_s: Seconds
+    commits: Count = 0
+    """How many rounds of the job have moved theta so far."""
+
+
+class Term(Record, frozen=True):
+    """A sum of directions of one stream round: sum_j c_j z_j over `ranges`, in order.
+
+    `coefficients` are little-endian int32 in units of 2^-24; |c| <= 2^22.
+    """
+
+    stream_round: Round
+    scope: tuple[Count, Count]
+    ranges: Ranges
+    coefficients: bytes
+
+
+class Commit(Record, frozen=True):
+    """How theta moves: V = (momentum V >> 8) + sum of terms; theta += V << scale.
+
+    Without momentum as update rule V is just the sum.
+    """
+
+    momentum: Annotated[int, Meta(ge=0, le=255)]
+    terms: Annotated[list[Term], Meta(max_length=64)]
+
+
+class Frozen(Record, frozen=True):
+    """What a round's close fixed for those who come late.
+
+    A late update's coefficient is round(w * step * clipped slope * weight / normaliser), with
+    w = 1 / (1 + rounds late).
+    """
+
+    round: Round
+    stream_round: Round
+    scope: tuple[Count, Count]
+    eps: Finite
+    step: Finite
+    clip: Finite
+    normaliser: Finite
+
+
+class RoundClosed(Message, frozen=True):
+    """The commit of a round; `digest` is the adapter's after it.
+
+    `commit` is null where theta did not move: an abandoned or an evaluation round.
+    `detail_sequence` is the last of DETAIL that was counted.
+    """
+
+    job: Name
+    epoch: Count
+    round: Round
+    reason: Literal["enough", "deadline", "abandoned", "evaluated", "stopped"]
+    commit: Commit | None
+    digest: Digest
+    detail_sequence: Count
+    frozen: Frozen | None = None
+    updates: Count = 0
+    late: Count = 0
+    devices: Count = 0
+    probes: Count = 0
+    weight: Count = 0
+    loss: Finite | None = None
+    """Mean loss of the devices' batches before this commit, nats per unit of weight."""
+    signal: Finite | None = None
+    """Signal-to-noise of the pooled slopes, from two halves of the updates; null if one came."""
+
+
+class AdapterEvaluated(Message, frozen=True):
+    """A trusted device measured the adapter as it was when `round` opened."""
+
+    job: Name
+    epoch: Count
+    round: Round
+    digest: Digest
+    examples: Count
+    correct: Count
+    weight: Count
+    loss: Finite
+    """Summed loss, nats."""
+    detail_sequence: Count
+    """The UpdatesFolded that it was made from."""
+
+
+class BlobRef(Record, frozen=True):
+    digest: Digest
+    size_bytes: Count
+
+
+class ModelPublished(Message, frozen=True):
+    """The adapter after `round` as a blob: a snapshot to resume from or to serve."""
+
+    job: Name
+    epoch: Count
+    round: Round
+    digest: Digest
+    snapshot: BlobRef
+
+
+class JobEnded(Message, frozen=True):
+    job: Name
+    epoch: Count
+    round: Round
+    reason: Literal["finished", "stopped"]
+    digest: Digest
+
+
+LogEvent = (
+    JobOpened
+    | EpochOpened
+    | RoundOpened
+    | RoundClosed
+    | AdapterEvaluated
+    | ModelPublished
+    | JobEnded
+)
+
+
+class FoldedUpdate(Record, frozen=True):
+    """One update's row in UpdatesFolded: its key, what became of it, and what it was worth."""
+
+    device: Name
+    round: Round
+    part: Part
+    outcome: Literal["folded", "late"]
+    probes: Count = 0
+    weight: Count = 0
+    slope: Finite = 0.0
+    """Root mean square of its slopes: an estimate of its gradient's norm, nats per unit theta."""
+    work_s: Seconds = 0.0
+    kind: Literal["probe", "evaluate"] = "probe"
+
+
+class PoolSums(Record, frozen=True):
+    """Integer sums of one half's updates over the directions of `span`; little-endian int64.
+
+    `differences` and `bends` (empty: all zero) in 2^-20 nat, dense over the span; `weights` alike,
+    or a single number where all are equal. `half` is 0 or 1: the signal test compares the halves.
+    """
+
+    span: Range
+    half: Annotated[int, Meta(ge=0, le=1)]
+    differences: bytes
+    bends: bytes
+    weights: bytes
+
+
+class EvaluationSums(Record, frozen=True):
+    """What trusted devices measured of the adapter as `round` opened, summed; loss in nats."""
+
+    round: Round
+    digest: Digest
+    examples: Count
+    correct: Count
+    weight: Count
+    loss: Finite
+
+
+class UpdatesFolded(Message, frozen=True):
+    """A batch of accepted updates, as the sums they add to the round's pool.
+
+    `late` are ready terms, with coefficients in full, for the next close.
+    """
+
+    job: Name
+    epoch: Count
+    round: Round  # the one that was open
+    updates: list[FoldedUpdate]
+    sums: list[PoolSums] = []
+    late: list[Term] = []
+    evaluations: list[EvaluationSums] = []
+    loss: int = 0
+    """Sum of S0 over the updates in `sums`, 2^-20 nat."""
+    loss_weight: Count = 0
+
+
+class Contribution(Record, frozen=True):
+    """What one device did for a round."""
+
+    device: Name
+    parts: Count
+    probes: Count
+    weight: Count
+    slope: Finite
+    work_s: Seconds
+    late: Count
+
+
+class RoundReport(Message, frozen=True):
+    """Per-device contributions to the round just closed: what the bandit learns from."""
+
+    job: Name
+    epoch: Count
+    round: Round
+    contributions: list[Contribution]
+
+
+DetailEvent = UpdatesFolded | RoundReport

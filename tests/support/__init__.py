@@ -1,0 +1,1 @@
+"""Factories and small tools for tests. Not installed."""

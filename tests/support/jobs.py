@@ -1,0 +1,118 @@
+"""Jobs, manifests and updates for tests of the logic."""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from shared.adapter import Adapter
+from shared.codec import encode_manifest
+from shared.messages import (
+    Block,
+    EvaluateResult,
+    Evaluation,
+    JobSpec,
+    Manifest,
+    Pacing,
+    ProbeResult,
+    RoundClosed,
+    RoundOpened,
+    SubmitJob,
+    SubmitUpdate,
+    Task,
+    Tuning,
+    UpdateKey,
+    Variant,
+)
+
+
+def a_manifest(*, momentum: int = 0, d: int = 64, seed: int = 7) -> bytes:
+    return encode_manifest(
+        Manifest(
+            epoch=0,
+            architecture="llama",
+            seed=seed,
+            blocks=[Block("control", "l_out-1", [d], layer=1)],
+            variants=[Variant("a" * 64, 1, "tiny.gguf")],
+            d=d,
+            update_rule="momentum" if momentum else "plain",
+        )
+    )
+
+
+def a_job(
+    name: str = "demo",
+    *,
+    rounds: int = 3,
+    directions: int = 32,
+    enough_devices: int = 2,
+    enough_probes: int = 16,
+    evaluate_every: int = 0,
+    momentum: int = 0,
+    snapshot_every: int = 50,
+    d: int = 64,
+) -> SubmitJob:
+    return SubmitJob(
+        job=name,
+        spec=JobSpec(
+            task=Task(loss="choices", labels={"a": " a", "b": " b"}),
+            tuning=Tuning(
+                rounds=rounds,
+                directions=directions,
+                normalise="none",
+                momentum=momentum,
+                step=0.1,
+                clip=1e6,
+            ),
+            pacing=Pacing(enough_devices=enough_devices, enough_probes=enough_probes),
+            evaluation=Evaluation(every_rounds=evaluate_every),
+            snapshot_every=snapshot_every,
+        ),
+        manifest=a_manifest(momentum=momentum, d=d),
+    )
+
+
+def a_probe(
+    opened: RoundOpened,
+    device: str,
+    *,
+    part: int = 0,
+    first: int = 0,
+    count: int = 8,
+    weight: int = 4,
+    digest: str | None = None,
+) -> SubmitUpdate:
+    """A probe update whose numbers follow from its key."""
+    seed = abs(hash((device, part, opened.round, first))) % 2**32
+    differences = np.random.default_rng(seed).integers(-50_000, 50_000, count).astype("<i4")
+    return SubmitUpdate(
+        key=UpdateKey(opened.job, opened.epoch, opened.round, device, part),
+        digest=digest or opened.digest,
+        result=ProbeResult(
+            how="probe",
+            ranges=[(first, count)],
+            differences=differences.tobytes(),
+            bends=np.ones(count, "<i4").tobytes(),
+            loss=weight << 20,
+            weight=weight,
+        ),
+        work_s=0.5,
+    )
+
+
+def an_evaluation(opened: RoundOpened, device: str, *, correct: int = 30) -> SubmitUpdate:
+    return SubmitUpdate(
+        key=UpdateKey(opened.job, opened.epoch, opened.round, device, 0),
+        digest=opened.digest,
+        result=EvaluateResult(examples=100, correct=correct, weight=100, loss=120.0),
+        work_s=0.5,
+    )
+
+
+def adapter_after(manifest: bytes, events: Iterable[object]) -> Adapter:
+    """What any reader of the log holds: an independent fold over RoundClosed."""
+
+    adapter = Adapter(manifest)
+    for event in events:
+        if isinstance(event, RoundClosed):
+            adapter.apply(event.round, event.commit)
+    return adapter

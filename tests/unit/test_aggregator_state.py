@@ -1,0 +1,301 @@
+"""A job is what its log says: whatever order, repetition or restart its updates come by."""
+
+import random
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.aggregator.folding import Outcome
+from services.aggregator.state import JobState, open_job
+from shared.adapter import coefficients
+from shared.errors import RejectError
+from shared.messages import (
+    AdapterEvaluated,
+    BlobRef,
+    DetailEvent,
+    JobEnded,
+    JobOpened,
+    LogEvent,
+    ModelPublished,
+    ProbeResult,
+    RoundClosed,
+    RoundOpened,
+    RoundReport,
+    SubmitJob,
+    SubmitUpdate,
+    UpdatesFolded,
+)
+from tests.support.jobs import a_job, a_probe, adapter_after, an_evaluation
+
+
+@dataclass
+class Run:
+    """A JobState with its two streams in lists: the service without a bus."""
+
+    submit: SubmitJob
+    log: list[LogEvent] = field(default_factory=list[LogEvent])
+    detail: list[DetailEvent] = field(default_factory=list[DetailEvent])
+    state: JobState = field(init=False)
+
+    def __post_init__(self) -> None:
+        events = open_job(self.submit)
+        assert isinstance(events[0], JobOpened)
+        self.state = JobState(events[0])
+        for event in events:
+            self._log(event)
+        self.settle()
+
+    def _log(self, event: LogEvent) -> None:
+        self.log.append(event)
+        self.state.evolve(event, len(self.log))
+
+    def settle(self) -> None:
+        while True:
+            due = self.state.snapshot_due and self.state.open is None
+            if due:
+                self._log(self.state.decide_published(BlobRef("b" * 64, 1)))
+            events = self.state.decide_next()
+            for event in events:
+                if isinstance(event, DetailEvent):
+                    self.detail.append(event)
+                    self.state.evolve(event, len(self.detail))
+                else:
+                    self._log(event)
+            if not (events or due):
+                return
+
+    def send(self, *updates: SubmitUpdate) -> list[Outcome]:
+        event, outcomes = self.state.decide_updates(updates)
+        if event is not None:
+            self.detail.append(event)
+            self.state.evolve(event, len(self.detail))
+        self.settle()
+        return outcomes
+
+    def overdue(self) -> None:
+        for event in self.state.decide_close(overdue=True):
+            self._log(event)
+        self.settle()
+
+    @property
+    def opened(self) -> RoundOpened:
+        assert self.state.open is not None
+        return self.state.open
+
+    def closes(self) -> list[RoundClosed]:
+        return [event for event in self.log if isinstance(event, RoundClosed)]
+
+    def restarted(self) -> "Run":
+        """What a new process makes of the same streams, LOG first as the service does."""
+        twin = object.__new__(Run)
+        twin.submit, twin.log, twin.detail = self.submit, list(self.log), list(self.detail)
+        assert isinstance(self.log[0], JobOpened)
+        twin.state = JobState(self.log[0])
+        for number, event in enumerate(self.log):
+            twin.state.evolve(event, number + 1)
+        for number, event in enumerate(self.detail):
+            twin.state.evolve(event, number + 1)
+        return twin
+
+
+def words(outcomes: list[Outcome]) -> list[str]:
+    return [outcome.word for outcome in outcomes]
+
+
+def test_a_job_runs_from_opening_to_end() -> None:
+    run = Run(a_job(rounds=2, evaluate_every=1))
+    for _ in range(2):
+        run.send(an_evaluation(run.opened, "trusted"))
+        assert words(run.send(a_probe(run.opened, "a"), a_probe(run.opened, "b", first=8))) == [
+            "folded",
+            "folded",
+        ]
+    assert run.opened.kind == "evaluate"
+    run.send(an_evaluation(run.opened, "trusted", correct=70))
+    kinds = [type(event) for event in run.log]
+    assert kinds[-3:] == [RoundClosed, ModelPublished, JobEnded]
+    assert sum(kind is AdapterEvaluated for kind in kinds) == 3
+    assert [close.reason for close in run.closes()] == ["enough", "enough", "evaluated"]
+    assert run.state.summary().accuracy == 0.7
+    reports = [event for event in run.detail if isinstance(event, RoundReport)]
+    assert [len(report.contributions) for report in reports] == [2, 2, 0]
+
+
+def test_every_reader_of_the_log_ends_at_the_logged_digest() -> None:
+    run = Run(a_job(rounds=5, momentum=200))
+    while run.state.ended is None:
+        run.send(a_probe(run.opened, "a"), a_probe(run.opened, "b", first=8))
+    assert adapter_after(run.submit.manifest, run.log).digest() == run.closes()[-1].digest
+
+
+def test_the_commit_is_the_negative_weighted_mean_of_the_slopes() -> None:
+    run = Run(a_job(rounds=1))
+    one, two = a_probe(run.opened, "a", weight=4), a_probe(run.opened, "b", first=4, weight=12)
+    opened = run.opened
+    run.send(one, two)
+    commit = run.closes()[0].commit
+    assert commit is not None
+    term = commit.terms[0]
+    assert term.ranges == [(0, 12)]
+    slopes, weights = np.zeros(12), np.zeros(12)
+    for update, first in ((one, 0), (two, 4)):
+        assert isinstance(update.result, ProbeResult)
+        found = np.frombuffer(update.result.differences, "<i4") * 2.0**-20
+        slopes[first : first + 8] += found / (2 * opened.eps)
+        weights[first : first + 8] += update.result.weight
+    expected = -0.1 * slopes / weights.sum() * 2**24
+    assert np.allclose(coefficients(term), np.rint(expected), atol=1)
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 2**32), batch=st.integers(1, 7))
+def test_order_repetition_and_batching_change_nothing_but_the_halves(seed: int, batch: int) -> None:
+    submit = a_job(rounds=1, enough_devices=6, enough_probes=48, directions=64)
+    plain = Run(submit)
+    updates = [a_probe(plain.opened, f"d{i}", first=5 * i) for i in range(6)]
+    plain.send(*updates)
+    chance = random.Random(seed)
+    shuffled = Run(submit)
+    sent = [*updates, *chance.choices(updates, k=6)]
+    chance.shuffle(sent)
+    outcomes: list[str] = []
+    for at in range(0, len(sent), batch):
+        outcomes += words(shuffled.send(*sent[at : at + batch]))
+    assert sorted(outcomes).count("folded") == 6
+    assert shuffled.closes()[0].digest == plain.closes()[0].digest
+    assert shuffled.closes()[0].commit == plain.closes()[0].commit
+
+
+@settings(deadline=None, max_examples=25)
+@given(cut=st.integers(0, 40))
+def test_a_restart_at_any_event_goes_on_to_the_same_digest(cut: int) -> None:
+    def play(run: Run, *, restart_after: int) -> Run:
+        step = 0
+        while run.state.ended is None:
+            opened = run.opened
+            for update in (a_probe(opened, "a"), a_probe(opened, "b", first=8)):
+                run.send(update)
+                step += 1
+                if step == restart_after:
+                    run = run.restarted()
+                    assert words(run.send(update)) in (["duplicate"], ["too_late"])
+        return run
+
+    submit = a_job(rounds=6, momentum=180, snapshot_every=2)
+    whole = play(Run(submit), restart_after=-1)
+    broken = play(Run(submit), restart_after=cut)
+    assert broken.closes()[-1].digest == whole.closes()[-1].digest
+    assert [type(event) for event in broken.log] == [type(event) for event in whole.log]
+
+
+def test_a_crash_between_evaluation_and_its_fact_loses_and_doubles_nothing() -> None:
+    run = Run(a_job(rounds=1, evaluate_every=1))
+    event, _ = run.state.decide_updates([an_evaluation(run.opened, "trusted")])
+    assert event is not None
+    run.detail.append(event)  # logged, and then killed
+    twin = run.restarted()
+    twin.settle()
+    assert sum(isinstance(event, AdapterEvaluated) for event in twin.log) == 1
+    again = twin.restarted()
+    again.settle()
+    assert sum(isinstance(event, AdapterEvaluated) for event in again.log) == 1
+
+
+def test_a_late_update_is_a_discounted_term_of_the_next_close() -> None:
+    run = Run(a_job(rounds=3))
+    first = run.opened
+    latecomer = a_probe(first, "late", first=16)
+    run.send(a_probe(first, "a"), a_probe(first, "b", first=8))
+    assert words(run.send(latecomer)) == ["late"]
+    assert words(run.send(latecomer)) == ["duplicate"]
+    run.send(a_probe(run.opened, "a"), a_probe(run.opened, "b", first=8))
+    first_close, second_close = run.closes()
+    assert second_close.commit is not None
+    assert first_close.frozen is not None
+    assert second_close.late == 1
+    own, late = second_close.commit.terms
+    assert (own.stream_round, late.stream_round) == (2, 1)
+    assert isinstance(latecomer.result, ProbeResult)
+    slopes = np.frombuffer(latecomer.result.differences, "<i4") * 2.0**-20 / (2 * first.eps * 4)
+    frozen = first_close.frozen
+    held = np.clip(slopes, -frozen.clip, frozen.clip)
+    expected = -frozen.step * held * 4 / frozen.normaliser / 2 * 2**24
+    assert np.allclose(coefficients(late), np.rint(expected), atol=1)
+
+
+def test_past_the_lateness_bound_an_update_is_settled_without_effect() -> None:
+    run = Run(a_job(rounds=9))
+    first = run.opened
+    for _ in range(5):
+        run.send(a_probe(run.opened, "a"), a_probe(run.opened, "b", first=8))
+    before = len(run.detail)
+    assert words(run.send(a_probe(first, "late"))) == ["too_late"]
+    assert len(run.detail) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"digest": "f" * 64}, "measured at adapter ffffffffffff"),
+        ({"first": 30}, "direction 37 in a pool of 32"),
+    ],
+)
+def test_an_update_that_cannot_be_used_is_rejected_and_says_why(
+    change: dict[str, str | int], why: str
+) -> None:
+    run = Run(a_job())
+    outcome = run.send(a_probe(run.opened, "a", **change))[0]  # pyright: ignore[reportArgumentType]
+    assert outcome.word == "rejected"
+    assert why in outcome.reason
+
+
+def test_a_round_without_probes_is_abandoned_and_opened_again_with_more_time() -> None:
+    run = Run(a_job(rounds=1))
+    patience = [run.opened.deadline_s]
+    before = run.state.summary()
+    for _ in range(3):
+        run.overdue()
+        patience.append(run.opened.deadline_s)
+    assert [close.reason for close in run.closes()] == ["abandoned"] * 3
+    assert patience == [60.0, 120.0, 240.0, 480.0]
+    assert run.state.commits == 0
+    assert run.state.summary().status == before.status == "running"
+    run.send(a_probe(run.opened, "a"), a_probe(run.opened, "b", first=8))
+    assert run.state.commits == 1
+
+
+def test_at_its_deadline_a_round_closes_with_what_came() -> None:
+    run = Run(a_job(rounds=2))
+    run.send(a_probe(run.opened, "a"))
+    run.overdue()
+    assert [(close.reason, close.devices) for close in run.closes()] == [("deadline", 1)]
+
+
+def test_the_logs_of_folded_updates_name_every_update_once() -> None:
+    run = Run(a_job(rounds=4))
+    while run.state.ended is None:
+        run.send(*[a_probe(run.opened, name) for name in ("a", "b", "a")])
+    rows = [
+        (row.device, row.round, row.part)
+        for event in run.detail
+        if isinstance(event, UpdatesFolded)
+        for row in event.updates
+    ]
+    assert len(rows) == len(set(rows)) == 8
+
+
+def test_a_job_that_cannot_work_is_refused_by_name() -> None:
+    import msgspec
+
+    job = a_job()
+    tuning = msgspec.structs.replace(job.spec.tuning, method="magic")
+    with pytest.raises(RejectError, match="method 'magic' is unknown"):
+        open_job(
+            msgspec.structs.replace(job, spec=msgspec.structs.replace(job.spec, tuning=tuning))
+        )
+    exact = msgspec.structs.replace(job.spec.tuning, how="exact")
+    with pytest.raises(RejectError, match="needs an adapter of output rows alone"):
+        open_job(msgspec.structs.replace(job, spec=msgspec.structs.replace(job.spec, tuning=exact)))
