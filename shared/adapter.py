@@ -7,6 +7,7 @@ the model is the engine's business.
 
 import copy
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -223,10 +224,25 @@ class Adapter:
                 return commit
 
     def _moved(self, commit: Commit) -> tuple[NDArray[np.int32], NDArray[np.int64] | None]:
-        step = np.zeros(self.layout.d, np.int64)
-        for term in commit.terms:
+        step = self._sum(commit.terms)
+        velocity = None
+        if self.velocity is not None:
+            step += (self.velocity * commit.momentum) >> 8
+            velocity, step = step, step.copy()
+        # In place: at d = 1e6 every copy is 8 MB.
+        if self.layout.scales is not None:
+            step <<= self.layout.scales
+        step += self.theta
+        if step.min() < _INT32.min or step.max() > _INT32.max:
+            raise OverflowError("theta would leave int32")
+        return step.astype(np.int32), velocity
+
+    def _sum(self, terms: Sequence[Term]) -> NDArray[np.int64]:
+        """The sum of all terms' directions: (d,) int64."""
+        whole: NDArray[np.int64] | None = None
+        for term in terms:
             start, count = self.layout.span(term.scope)
-            step[start : start + count] += directions.total(
+            part = directions.total(
                 self.manifest.seed,
                 term.stream_round,
                 term.ranges,
@@ -235,15 +251,13 @@ class Adapter:
                 count,
                 self.manifest.distribution,
             )
-        velocity = None
-        if self.velocity is not None:
-            step += (self.velocity * commit.momentum) >> 8
-            velocity = step
-        moved = step if self.layout.scales is None else step << self.layout.scales
-        theta = moved + self.theta
-        if theta.min() < _INT32.min or theta.max() > _INT32.max:
-            raise OverflowError("theta would leave int32")
-        return theta.astype(np.int32), velocity
+            if whole is None and count == self.layout.d:
+                whole = part
+                continue
+            if whole is None:
+                whole = np.zeros(self.layout.d, np.int64)
+            whole[start : start + count] += part
+        return np.zeros(self.layout.d, np.int64) if whole is None else whole
 
 
 def coefficients(term: Term) -> NDArray[np.int32]:

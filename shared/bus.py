@@ -183,7 +183,8 @@ class Streams(Protocol):
     async def take(self, stream: str, consumer: str, *, limit: int, wait_s: float) -> Batch | None:
         """Up to `limit` unacknowledged messages by the durable `consumer`, made when missing.
 
-        None if nothing came within `wait_s`.
+        None if nothing came within `wait_s`. One process takes by one consumer: its first call
+        gets at once what a process before it had taken and not acknowledged.
         """
         ...
 

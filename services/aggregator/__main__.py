@@ -25,7 +25,7 @@ def main() -> int:
     logs.get("aggregator").info("settings", **config.shown(settings))
 
     async def serve(stop: Stop) -> None:
-        bus = await nats_bus.connect(settings.servers, name="aggregator")
+        bus = await nats_bus.connect(list(settings.servers), name="aggregator")
         try:
             await Aggregator(bus, bus, settings, SystemClock()).serve(stop)
         finally:

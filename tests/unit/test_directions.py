@@ -70,8 +70,7 @@ def test_a_total_whose_tables_leave_int32_is_still_exact() -> None:
     biggest = np.full(8, 2**31 - 1, np.int32)
     found = directions.total(3, 1, [(0, 8)], biggest, 0, 1000, "signs")
     exact = sum(
-        (2**31 - 1) * directions.one(3, 1, j, 0, 1000, "signs").astype(np.int64)
-        for j in range(8)
+        (2**31 - 1) * directions.one(3, 1, j, 0, 1000, "signs").astype(np.int64) for j in range(8)
     )
     assert (found == exact).all()
 

@@ -1,0 +1,1 @@
+"""How Seedwire is put to work; nothing here is imported by the system itself."""

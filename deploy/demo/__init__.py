@@ -1,0 +1,1 @@
+"""The demo: eight devices on this machine tune a small model on text that is already here."""

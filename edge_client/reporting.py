@@ -1,0 +1,110 @@
+"""What the device says of itself: its DeviceReport, and when a new one is due."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from edge_client.config import Settings
+from edge_client.state import Speeds
+from shared.engine.protocol import Opened
+from shared.logs import get
+from shared.messages import DeviceReport
+from shared.metrics import Counters
+from shared.runtime import project_version
+
+POSITIONS = 64
+
+log = get("reporting")
+
+
+class About:
+    """Facts of the device; `changed` is called when one of them is worth a report."""
+
+    def __init__(self, settings: Settings, counters: Counters, changed: Callable[[], None]) -> None:
+        self._settings = settings
+        self._counters = counters
+        self._changed = changed
+        self.speeds = Speeds()
+        self.models: list[str] = []
+        self.positions: dict[str, str] = {}
+        self._problems: dict[str, str] = {}
+        self._rows = self._heldout_rows = 0
+        self._refused: set[str] = set()
+        self._read = False
+
+    def count_lines(self) -> None:
+        """Rows are counted as lines until the engine has read them. Blocks: call it in a thread."""
+        rows, heldout = _lines(self._settings.data), 0
+        if self._settings.evaluates:
+            heldout = _lines(self._settings.heldout)
+        if not self._read:
+            self._rows, self._heldout_rows = rows, heldout
+
+    def opened(self, opened: Opened) -> None:
+        """The engine has read the data for a job."""
+        before = (self._read, self._rows, self._heldout_rows)
+        self._read, self._rows, self._heldout_rows = True, opened.rows, opened.heldout_rows
+        self._counters.put("rows_refused", opened.refused_rows)
+        for refusal in opened.refused:
+            if refusal not in self._refused:
+                self._refused.add(refusal)
+                log.warning("row_refused", row=refusal)
+        if before != (True, opened.rows, opened.heldout_rows):
+            self._changed()
+
+    def problem(self, topic: str, text: str) -> None:
+        """What keeps the device from helping, by topic; empty: nothing any more."""
+        if self._problems.get(topic, "") != text:
+            self._problems[topic] = text
+            self._changed()
+
+    def stands(self, job: str, position: str) -> None:
+        """Where a job's adapter stands; the jobs moved longest ago are left out of the report."""
+        self.positions.pop(job, None)
+        self.positions[job] = position
+        while len(self.positions) > POSITIONS:
+            del self.positions[next(iter(self.positions))]
+
+    def report(self) -> DeviceReport:
+        """All of it, as of now."""
+        settings = self._settings
+        problem = "; ".join(text for text in self._problems.values() if text)
+        return DeviceReport(
+            device=settings.device,
+            version=project_version()[:40],
+            cores=_cores(),
+            memory_mb=_memory_mb(),
+            rows=self._rows,
+            heldout_rows=self._heldout_rows if settings.trusted else 0,
+            trusted=settings.trusted,
+            models=self.models[:64],
+            speeds=self.speeds.report()[-64:],
+            counters=dict(self._counters.snapshot()),
+            problem=problem[:2000],
+            positions=dict(self.positions),
+        )
+
+
+def _lines(path: str) -> int:
+    """How many lines of a file hold something."""
+    if not path:
+        return 0
+    try:
+        with Path(path).open("rb") as file:
+            return sum(not line.isspace() for line in file)
+    except OSError as error:
+        log.warning("data_unreadable", path=path, why=str(error))
+        return 0
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _memory_mb() -> int:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20
+    except (OSError, ValueError):
+        return 0

@@ -1,0 +1,169 @@
+"""The command line's options, once each, with their help."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+JOB, ADAPTER, METHOD, PACE = "Job", "Adapter", "Method", "Pace"
+
+Servers = Annotated[
+    str,
+    typer.Option(envvar="SEEDWIRE_SERVERS", help="The broker's addresses, separated by commas."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the job's events as JSON lines.")]
+Name = Annotated[str, typer.Option(help="What to call the job.", rich_help_panel=JOB)]
+Model = Annotated[
+    Path, typer.Option(help="The GGUF file that the devices hold.", rich_help_panel=JOB)
+]
+Labels = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LABEL=WORD,...",
+        help="Labels of the rows and the word that stands for each; a label alone is its own "
+        "word. With labels the loss compares the words' first tokens. A space is put before a "
+        "word unless the template ends in one.",
+        rich_help_panel=JOB,
+    ),
+]
+LabelsFrom = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Take the labels from this JSONL file's rows.", rich_help_panel=JOB
+    ),
+]
+Template = Annotated[
+    str | None,
+    typer.Option(
+        help=r"How a row's text is put to the model; holds {text}. \n is a new line. "
+        r"Default with labels: '{text}\nTopic:'.",
+        rich_help_panel=JOB,
+    ),
+]
+Spec = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="A TOML file with tables task, tuning, pacing, evaluation, adapter; options win.",
+        rich_help_panel=JOB,
+    ),
+]
+Watch = Annotated[bool, typer.Option("--watch", help="Then watch the job.", rich_help_panel=JOB)]
+NoUpload = Annotated[
+    bool,
+    typer.Option(
+        "--no-upload",
+        help="Leave the model out of the blob store: the devices have it, or fetch --url.",
+        rich_help_panel=JOB,
+    ),
+]
+Url = Annotated[
+    str | None,
+    typer.Option(help="An HTTPS address where devices find the model.", rich_help_panel=JOB),
+]
+Adapter = Annotated[
+    Literal["output-rows", "lora", "control"] | None,
+    typer.Option(
+        help="What is tuned: the labels' rows of the output matrix (default with labels; "
+        "learns fastest), low-rank updates of matrices (default without), or a vector added "
+        "after each layer.",
+        rich_help_panel=ADAPTER,
+    ),
+]
+Rank = Annotated[int | None, typer.Option(min=1, help="LoRA's rank (4).", rich_help_panel=ADAPTER)]
+Targets = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME,...",
+        help="LoRA's matrices, as the GGUF names them (attn_q,attn_v or attn_qkv).",
+        rich_help_panel=ADAPTER,
+    ),
+]
+Layers = Annotated[
+    str | None,
+    typer.Option(
+        metavar="all|A|A-B",
+        help="Layers of lora (from 0) or control (from 1), both ends included (all).",
+        rich_help_panel=ADAPTER,
+    ),
+]
+How = Annotated[
+    Literal["exact", "probe"] | None,
+    typer.Option(
+        help="How slopes are measured: by two forward passes each, or for output-rows in closed "
+        "form from one pass for all (exact for output-rows).",
+        rich_help_panel=METHOD,
+    ),
+]
+Rounds = Annotated[
+    int | None, typer.Option(min=1, help="Rounds of tuning (100).", rich_help_panel=METHOD)
+]
+Directions = Annotated[
+    int | None,
+    typer.Option(min=1, help="Directions in a round's pool (512).", rich_help_panel=METHOD),
+]
+Eps = Annotated[
+    float | None,
+    typer.Option(help="How far a probe steps along a direction (0.01).", rich_help_panel=METHOD),
+]
+Step = Annotated[
+    float | None,
+    typer.Option(
+        help="Length of a round's step along the gradient, in units of the adapter, falling to "
+        "a tenth at the last round (0.01; output-rows 0.03). With normalise = none in --spec: "
+        "the learning rate.",
+        rich_help_panel=METHOD,
+    ),
+]
+BatchRows = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Rows that a device measures a round on (32; output-rows 4096, as each is sent "
+        "forward only once).",
+        rich_help_panel=METHOD,
+    ),
+]
+Momentum = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        max=255,
+        help="k of V = k/256 V + step; 230 is about 0.9 (0; output-rows 230).",
+        rich_help_panel=METHOD,
+    ),
+]
+Deadline = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SECONDS",
+        help="A round closes by then with what came (60).",
+        rich_help_panel=PACE,
+    ),
+]
+EnoughDevices = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="A round closes when so many devices and --enough-probes came (1).",
+        rich_help_panel=PACE,
+    ),
+]
+EnoughProbes = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Probes wanted of a round (64; with exact, directions times devices).",
+        rich_help_panel=PACE,
+    ),
+]
+EvaluateEvery = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        metavar="ROUNDS",
+        help="How often trusted devices measure held-out rows; 0: never (10).",
+        rich_help_panel=PACE,
+    ),
+]
+Engine = Annotated[Literal["llama", "fake"], typer.Option(hidden=True)]

@@ -1,0 +1,163 @@
+"""A job's settings: defaults of its adapter, then a TOML file, then the command line.
+
+The file's tables are those of JobSpec (`task`, `tuning`, `pacing`, `evaluation`) and `adapter`.
+Pure but for reading the file.
+"""
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar, cast
+
+import msgspec
+
+from services.console.failure import Usage
+from services.console.labels import spaced
+from services.console.manifest import AdapterKind, AdapterOptions
+from shared.errors import ConfigError
+from shared.messages import Evaluation, JobSpec, Pacing, Task, Tuning
+
+Table = dict[str, object]
+Parsed = TypeVar("Parsed", bound=msgspec.Struct)
+
+LABEL_TEMPLATE = "{text}\nTopic:"
+
+DEFAULTS: dict[AdapterKind, dict[str, Table]] = {
+    "output-rows": {
+        "tuning": {
+            "how": "exact",
+            "directions": 512,
+            "batch_rows": 4096,
+            "step": 0.03,
+            "momentum": 230,
+        }
+    },
+    "lora": {},
+    "control": {},
+}
+"""Where an adapter wants other numbers than the messages' own defaults.
+
+Tried on ag_news with 1,500 rows, 100 rounds, exact slopes: step 0.03 with momentum 230 answers 71 %
+(llama-3m) and 59 % (llama-1m) of held-out rows, 0.1 without momentum 63 % and 58 %.
+"""
+
+TABLES: dict[str, type[msgspec.Struct]] = {
+    "task": Task,
+    "tuning": Tuning,
+    "pacing": Pacing,
+    "evaluation": Evaluation,
+    "adapter": AdapterOptions,
+}
+
+_WHERE = re.compile(r"`\$\.(\w+)(?:\.(\w+))?")
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the operator asks for, before the model is known."""
+
+    spec: JobSpec
+    adapter: AdapterOptions
+
+
+def wanted(flags: Mapping[str, Mapping[str, object]], file: Table) -> Wanted:
+    """Merge defaults, file and flags; `flags` maps table to field to value, None where not given.
+
+    Raises:
+        ConfigError: the file has an unknown key or a value of the wrong form; names it.
+        Usage: a flag does.
+    """
+    _check_names(file)
+    given = {
+        table: {name: value for name, value in fields.items() if value is not None}
+        for table, fields in flags.items()
+    }
+    labelled = bool({**_table(file, "task"), **given.get("task", {})}.get("labels"))
+    adapter = _parsed(
+        {
+            "adapter": {
+                "kind": "output-rows" if labelled else "lora",
+                **_table(file, "adapter"),
+                **given.get("adapter", {}),
+            }
+        },
+        _AdapterTable,
+        given,
+    ).adapter
+    merged: Table = {key: value for key, value in file.items() if key not in TABLES}
+    defaults = DEFAULTS[adapter.kind] | {"task": _task_defaults(labelled=labelled)}
+    for table in TABLES.keys() - {"adapter"}:
+        merged[table] = defaults.get(table, {}) | _table(file, table) | given.get(table, {})
+    _let_follow(merged)
+    spec = _parsed(merged, JobSpec, given)
+    if spec.tuning.how == "exact" and adapter.kind != "output-rows":
+        raise Usage("--how exact needs --adapter output-rows; use --how probe")
+    task = msgspec.structs.replace(spec.task, labels=spaced(spec.task))
+    return Wanted(msgspec.structs.replace(spec, task=task), adapter)
+
+
+def read_file(path: Path) -> Table:
+    """The tables of a TOML file.
+
+    Raises:
+        ConfigError: it cannot be read, or is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from error
+
+
+class _AdapterTable(msgspec.Struct):
+    adapter: AdapterOptions
+
+
+def _task_defaults(*, labelled: bool) -> Table:
+    if labelled:
+        return {"loss": "choices", "template": LABEL_TEMPLATE}
+    return {"loss": "tokens"}
+
+
+def _let_follow(merged: Table) -> None:
+    """Settle what hangs on other settings: with `exact` every device answers the whole pool."""
+    tuning, pacing = _table(merged, "tuning"), _table(merged, "pacing")
+    if tuning.get("how") == "exact" and "enough_probes" not in pacing:
+        directions = tuning.get("directions", Tuning().directions)
+        devices = pacing.get("enough_devices", Pacing().enough_devices)
+        if isinstance(directions, int) and isinstance(devices, int):
+            pacing["enough_probes"] = directions * devices
+
+
+def _parsed(value: Table, kind: type[Parsed], flags: Mapping[str, Table]) -> Parsed:
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        where = _WHERE.search(str(error))
+        if where and where[2] in flags.get(where[1], {}):
+            raise Usage(f"--{where[2].replace('_', '-')}: {error}") from error
+        raise ConfigError(f"job settings: {error}") from error
+
+
+def _check_names(file: Table) -> None:
+    known = {field.name for field in msgspec.structs.fields(JobSpec)} | TABLES.keys()
+    for key, value in file.items():
+        if key not in known:
+            raise ConfigError(f"unknown setting {key}; known: {', '.join(sorted(known))}")
+        if key not in TABLES:
+            continue
+        if not isinstance(value, dict):
+            raise ConfigError(f"{key} is a table: write [{key}]")
+        names = {field.name for field in msgspec.structs.fields(TABLES[key])}
+        unknown = cast("Table", value).keys() - names
+        if unknown:
+            raise ConfigError(
+                f"unknown setting {key}.{min(unknown)}; known: {', '.join(sorted(names))}"
+            )
+
+
+def _table(tables: Table, name: str) -> Table:
+    return cast("Table", tables.get(name, {}))

@@ -1,0 +1,37 @@
+"""One device as the scheduler knows it, whatever the job."""
+
+from dataclasses import dataclass
+
+from shared.messages import DeviceReport, UpdateKey
+
+
+@dataclass(slots=True)
+class Device:
+    """What it said of itself, when it was last heard, and what it has in hand."""
+
+    name: str
+    seen: float
+    report: DeviceReport | None = None
+    reported_at: float = 0.0
+    tokens_per_s: float = 0.0
+    """What it sent through its model between its last two reports."""
+    key: UpdateKey | None = None
+    kind: str = ""
+    until: float = 0.0
+    """When the work in its hand is no longer waited for."""
+
+    def works(self, now: float) -> bool:
+        return self.key is not None and now < self.until
+
+    def heard(self, report: DeviceReport, now: float) -> None:
+        """It has said what it is and has."""
+        if self.report is not None and now > self.reported_at:
+            before = self.report.counters.get("tokens_forward", 0)
+            tokens = report.counters.get("tokens_forward", 0) - before
+            self.tokens_per_s = max(0, tokens) / (now - self.reported_at)
+        self.report, self.reported_at = report, now
+
+
+def evaluates(report: DeviceReport) -> bool:
+    """Whether it may be asked to measure the adapter on its held-out rows."""
+    return report.trusted and report.heldout_rows > 0

@@ -1,0 +1,173 @@
+"""What is remembered of one job: a row a round, what was measured of it, what was published.
+
+Bounded: past `MAX_ROUNDS` rows the oldest go. A fact that comes again changes nothing but
+evaluations, which are pooled: feed it each log event once.
+"""
+
+from typing import Literal, TypeVar
+
+import msgspec
+
+from shared.messages import (
+    AdapterEvaluated,
+    EpochOpened,
+    JobEnded,
+    JobOpened,
+    LogEvent,
+    ModelPublished,
+    RoundClosed,
+    RoundOpened,
+)
+
+MAX_ROUNDS = 10_000
+
+Row = TypeVar("Row")
+
+
+class RoundRow(msgspec.Struct):
+    """One round. `reason` is empty while it is open."""
+
+    round: int
+    kind: str = "tune"
+    reason: str = ""
+    devices: int = 0
+    updates: int = 0
+    late: int = 0
+    probes: int = 0
+    weight: int = 0
+    loss: float | None = None
+    signal: float | None = None
+    digest: str = ""
+    reported: bool = False
+    """Its RoundReport has been counted."""
+
+
+class EvaluationRow(msgspec.Struct):
+    """What all trusted devices together measured of one adapter."""
+
+    round: int
+    digest: str = ""
+    examples: int = 0
+    correct: int = 0
+    weight: int = 0
+    loss: float = 0.0
+    """Mean over `weight`, nats."""
+    accuracy: float = 0.0
+
+    def add(self, event: AdapterEvaluated) -> None:
+        summed = self.loss * self.weight + event.loss
+        self.digest = event.digest
+        self.examples += event.examples
+        self.correct += event.correct
+        self.weight += event.weight
+        self.loss = summed / self.weight if self.weight else 0.0
+        self.accuracy = self.correct / self.examples if self.examples else 0.0
+
+
+class PublishedRow(msgspec.Struct):
+    """A version of the adapter that can be fetched."""
+
+    round: int
+    digest: str
+    snapshot: str
+    size_bytes: int
+
+
+class JobHistory(msgspec.Struct):
+    """Everything shown of one job."""
+
+    job: str
+    status: Literal["running", "ended"] = "running"
+    reason: str = ""
+    epoch: int = 0
+    round: int = 0
+    """The last round that was opened."""
+    rounds_planned: int = 0
+    method: str = ""
+    how: str = ""
+    digest: str = ""
+    loss: float | None = None
+    """Of the devices' own batches, at the last close that had any."""
+    closed: dict[str, int] = {}
+    """Rounds closed, by reason."""
+    rounds: dict[int, RoundRow] = {}
+    evaluations: dict[int, EvaluationRow] = {}
+    published: dict[int, PublishedRow] = {}
+
+    def evolve(self, event: LogEvent) -> None:
+        """Take in one fact of the job's log."""
+        match event:
+            case JobOpened():
+                self.status, self.reason = "running", ""
+                self.rounds_planned = event.spec.tuning.rounds
+                self.method, self.how = event.spec.tuning.method, event.spec.tuning.how
+            case EpochOpened():
+                self.epoch, self.digest = event.epoch, event.digest
+            case RoundOpened():
+                self.round = max(self.round, event.round)
+                self.row(event.round).kind = event.kind
+            case RoundClosed():
+                self._close(event)
+            case AdapterEvaluated():
+                kept(self.evaluations, event.round, EvaluationRow(event.round)).add(event)
+            case ModelPublished():
+                row = PublishedRow(
+                    event.round, event.digest, event.snapshot.digest, event.snapshot.size_bytes
+                )
+                kept(self.published, event.round, row)
+            case JobEnded():
+                self.status, self.reason, self.digest = "ended", event.reason, event.digest
+
+    def row(self, round: int) -> RoundRow:
+        """The row of a round, new where there is none."""
+        return kept(self.rounds, round, RoundRow(round))
+
+    @property
+    def evaluation(self) -> EvaluationRow | None:
+        """The newest one."""
+        return self.evaluations[max(self.evaluations)] if self.evaluations else None
+
+    def summary(self) -> dict[str, object]:
+        """The job in a line of a list."""
+        last = self.evaluation
+        return {
+            "job": self.job,
+            "status": self.status,
+            "reason": self.reason,
+            "epoch": self.epoch,
+            "round": self.round,
+            "rounds_planned": self.rounds_planned,
+            "digest": self.digest,
+            "loss": self.loss,
+            "heldout_loss": last.loss if last else None,
+            "accuracy": last.accuracy if last else None,
+        }
+
+    def _close(self, event: RoundClosed) -> None:
+        row = self.row(event.round)
+        if not row.reason:
+            self.closed[event.reason] = self.closed.get(event.reason, 0) + 1
+        row.reason, row.digest = event.reason, event.digest
+        row.devices, row.updates, row.late = event.devices, event.updates, event.late
+        row.probes, row.weight = event.probes, event.weight
+        row.loss, row.signal = event.loss, event.signal
+        self.digest = event.digest
+        if event.loss is not None:
+            self.loss = event.loss
+
+
+def kept(rows: dict[int, Row], round: int, fresh: Row) -> Row:
+    """The row of `round`, `fresh` if it had none; the oldest round's goes when there are too many.
+
+    A row older than all that are kept is not kept.
+    """
+    row = rows.get(round)
+    if row is not None:
+        return row
+    if len(rows) >= MAX_ROUNDS:
+        oldest = next(iter(rows))  # rounds come in order: insertion order is age
+        if round < oldest:
+            return fresh
+        del rows[oldest]
+    rows[round] = fresh
+    return fresh

@@ -1,0 +1,159 @@
+"""A device's slopes along directions: two forward passes each, or none where a form is closed.
+
+Source: Malladi et al., MeZO, algorithm 1 (two-point SPSA); Chaubard et al. (2026), 1.5-SPSA, for
+the bend from one clean pass.
+Differs in: loss differences leave as integers of 2^-20 nat, so that pooling is exact; for a scope
+of output rows, `exact` sends what the differences tend to, 2 eps <gradient, z>, from one pass.
+"""
+
+import hashlib
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared import directions
+from shared.engine import last_layer
+from shared.engine.job import Job
+from shared.engine.model import Losses
+from shared.engine.protocol import Probe
+from shared.errors import EngineError
+from shared.messages import ProbeResult, Range
+
+NAT = 2.0**20
+"""Loss integers per nat."""
+
+_INT32_MAX = 2.0**31 - 1
+
+
+def probe(job: Job, request: Probe) -> ProbeResult:
+    """Slopes of the device's batch of the round along `request.ranges`.
+
+    Raises:
+        EngineError: no data, another adapter, a scope that `how` cannot serve, or a base loss that
+            is not finite.
+    """
+    job.require(request.digest)
+    held = len(job.data["data"].rows)
+    if not held:
+        raise EngineError("the job was opened without data; set the device's data file")
+    seed, device = job.adapter.manifest.seed, job.request.device
+    rows = batch(seed, request.round, device, held, request.batch_rows)
+    if request.how == "exact":
+        base, differences = _exact(job, request, rows)
+        kept = _fits(differences)
+        bends = np.empty(0)
+    else:
+        base, differences, bends = _probe(job, request, rows)
+        kept = _fits(differences) & _fits(bends)
+        bends = bends[kept]
+    return ProbeResult(
+        how=request.how,
+        ranges=kept_ranges(request.ranges, kept),
+        differences=_packed(differences[kept]),
+        bends=_packed(bends),
+        loss=round(float(base.loss.sum()) * NAT),
+        weight=int(base.weight.sum()),
+        dropped=int((~kept).sum()),
+    )
+
+
+def batch(seed: int, round: int, device: str, rows: int, batch_rows: int) -> list[int]:
+    """The rows that `device` measures in `round`: min(rows, batch_rows) of [0, rows), ascending.
+
+    A pure function, so that every part of a round's work repeats it: the rows with the smallest of
+    the first `rows` words of Philox4x64-10, its key the first 16 bytes (two little-endian words) of
+    SHA-256("seedwire batch", seed u64le, round u32le, device).
+    """
+    if rows <= batch_rows:
+        return list(range(rows))
+    material = b"seedwire batch" + seed.to_bytes(8, "little") + round.to_bytes(4, "little")
+    key = np.frombuffer(hashlib.sha256(material + device.encode()).digest()[:16], "<u8")
+    words = np.random.Philox(key=key.astype(np.uint64)).random_raw(rows)
+    chosen = np.argsort(words, kind="stable")[:batch_rows]
+    return np.sort(chosen).tolist()
+
+
+def kept_ranges(ranges: list[Range], kept: NDArray[np.bool_]) -> list[Range]:
+    """`ranges` without the directions that are not `kept` (n,): split where one is missing."""
+    if kept.all():
+        return list(ranges)
+    indices = np.concatenate([np.arange(first, first + count) for first, count in ranges])
+    fresh = np.concatenate([np.arange(count) == 0 for _, count in ranges])
+    split: list[Range] = []
+    previous_kept = False
+    for index, starts, keep in zip(indices.tolist(), fresh.tolist(), kept.tolist(), strict=True):
+        if keep and previous_kept and not starts:
+            first, count = split[-1]
+            split[-1] = (first, count + 1)
+        elif keep:
+            split.append((index, 1))
+        previous_kept = keep
+    return split
+
+
+def _probe(
+    job: Job, request: Probe, rows: list[int]
+) -> tuple[Losses, NDArray[np.float64], NDArray[np.float64]]:
+    """Base losses, and S+ - S- and S+ + S- - 2 S0 in 2^-20 nat, (n,) float64 each."""
+    start, count = job.layout.span(request.scope)
+    manifest = job.adapter.manifest
+    examples = job.examples("data", rows)
+    base = _finite(job.base_losses(rows, examples))
+    theta = job.adapter.values()
+    reach = job.layout.magnitudes[start : start + count] * np.float32(request.eps)
+    differences: list[float] = []
+    bends: list[float] = []
+    for first, width in request.ranges:
+        for index in range(first, first + width):
+            z = directions.one(
+                manifest.seed, request.stream_round, index, start, count, manifest.distribution
+            )
+            moved = theta.copy()
+            moved[start : start + count] += reach * z
+            job.model.stand(moved)
+            above = job.model.measure(examples).loss
+            moved[start : start + count] = theta[start : start + count] - reach * z
+            job.model.stand(moved)
+            below = job.model.measure(examples).loss
+            differences.append(float((above - below).sum()))
+            bends.append(float((above + below - 2.0 * base.loss).sum()))
+    return base, np.array(differences) * NAT, np.array(bends) * NAT
+
+
+def _exact(job: Job, request: Probe, rows: list[int]) -> tuple[Losses, NDArray[np.float64]]:
+    """Base losses, and 2 eps <gradient, z_j> in 2^-20 nat, (n,) float64."""
+    manifest = job.adapter.manifest
+    start, count = job.layout.span(request.scope)
+    first, blocks = request.scope
+    if not all(block.kind == "output_rows" for block in manifest.blocks[first : first + blocks]):
+        raise EngineError("how: exact needs a scope of output_rows blocks alone; use how: probe")
+    sites, deltas = job.sites("data", rows), job.deltas()
+    base = _finite(last_layer.losses(sites, deltas))
+    gradient = last_layer.gradient(sites, deltas).ravel()
+    before = sum(
+        job.layout.offsets[number + 1] - job.layout.offsets[number]
+        for number, block in enumerate(manifest.blocks[:first])
+        if block.kind == "output_rows"
+    )
+    slopes = gradient[before : before + count] * job.layout.magnitudes[start : start + count]
+    products = directions.dots(
+        manifest.seed, request.stream_round, request.ranges, slopes, start, manifest.distribution
+    )
+    return base, products * (2.0 * request.eps * NAT)
+
+
+def _finite(losses: Losses) -> Losses:
+    if not np.isfinite(losses.loss).all():
+        raise EngineError(
+            "the loss at theta is not finite; the adapter has diverged: lower the job's step"
+        )
+    return losses
+
+
+def _fits(values: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Which of `values` (n,) are numbers that int32 holds."""
+    return np.abs(np.nan_to_num(values, nan=np.inf)) <= _INT32_MAX
+
+
+def _packed(values: NDArray[np.float64]) -> bytes:
+    return np.rint(values).astype("<i4").tobytes()

@@ -1,0 +1,332 @@
+"""The one way to the job log: written by one process, read and followed by everyone.
+
+A follower sees history and then what happens, in order, without gaps or repeats, over a broker
+that drops, repeats and restarts. Knows nothing of what the events mean.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from shared import subjects
+from shared.bus import (
+    GAP,
+    LAST_SEQUENCE_HEADER,
+    SEQUENCE_HEADER,
+    Bus,
+    Delivery,
+    SequenceMismatch,
+    Stored,
+    Streams,
+    StreamSpec,
+)
+from shared.clock import backoff_s
+from shared.codec import decode, encode
+from shared.errors import Fenced, MalformedMessage, TransientError
+from shared.logs import get
+from shared.messages import DetailEvent, LogEvent, Message
+
+Event = LogEvent | DetailEvent
+Kind = TypeVar("Kind")
+Result = TypeVar("Result")
+
+UPDATES_BYTES = 256 * 1024 * 1024
+
+STREAMS = (
+    StreamSpec(
+        subjects.LOG_STREAM,
+        (subjects.ALL_LOGS,),
+        republish_from=subjects.ALL_LOGS,
+        republish_to=subjects.events("{{wildcard(1)}}"),
+    ),
+    StreamSpec(subjects.DETAIL_STREAM, (subjects.ALL_DETAILS,)),
+    StreamSpec(
+        subjects.UPDATES_STREAM,
+        (subjects.ALL_UPDATES,),
+        memory=True,
+        work_queue=True,
+        max_bytes=UPDATES_BYTES,
+    ),
+    StreamSpec(subjects.BLOBS_STREAM, (subjects.ALL_BLOBS,), max_per_subject=1),
+)
+"""An update is on its device's disk until it is settled, so UPDATES may live in memory."""
+
+declined: Counter[str] = Counter()
+"""Entries skipped since this process started because they do not decode, by stream."""
+
+_SUBJECTS = {subjects.LOG_STREAM: subjects.log, subjects.DETAIL_STREAM: subjects.detail}
+_AGAIN_S = (0.01, 0.1, 0.5)
+
+_log = get("log")
+
+
+async def ensure_streams(streams: Streams) -> None:
+    """The four streams are there, as they should be; waits for the broker for as long as needed.
+
+    Raises:
+        ConfigError: the broker refuses one; the text says what to change.
+    """
+    for spec in STREAMS:
+
+        async def ensure(spec: StreamSpec = spec) -> None:
+            await streams.ensure_stream(spec)
+
+        await patiently(ensure, "ensure_stream")
+
+
+async def patiently(call: Callable[[], Awaitable[Result]], what: str) -> Result:
+    """The result of `call`, tried again for as long as the world fails it."""
+    attempt = 0
+    while True:
+        try:
+            return await call()
+        except TransientError as error:
+            _log.warning("broker_call_failed", call=what, why=str(error))
+            await asyncio.sleep(backoff_s(attempt, first_s=0.05, cap_s=5.0))
+            attempt += 1
+
+
+class LogWriter:
+    """Appends to one stream as its only writer.
+
+    `last` is the stream's last sequence that this process has taken into account: open the writer
+    first and replay the log after it, so that whatever another process adds fences this one off.
+    """
+
+    def __init__(self, streams: Streams, stream: str, *, last: int) -> None:
+        self._streams = streams
+        self._stream = stream
+        self._subject_of = _SUBJECTS[stream]
+        self.last = last
+
+    @classmethod
+    async def open(cls, streams: Streams, stream: str) -> "LogWriter":
+        """A writer at the present end of the stream."""
+
+        async def last() -> int:
+            return await streams.last_sequence(stream)
+
+        return cls(streams, stream, last=await patiently(last, "last_sequence"))
+
+    async def append(self, job: str, event: Event) -> int:
+        """The sequence of `event`, stored once, however often the broker fails meanwhile.
+
+        Raises:
+            Fenced: another process has written to the stream.
+        """
+        subject, data = self._subject_of(job), encode(event)
+        attempt = 0
+        while True:
+            try:
+                appended = await self._streams.append(
+                    subject, data, stream=self._stream, expected_last=self.last
+                )
+            except SequenceMismatch as mismatch:
+                if not (attempt and await self._is_ours(subject, data, mismatch.last)):
+                    raise self._fenced(mismatch.last) from mismatch
+                self.last += 1
+                return self.last
+            except TransientError as error:
+                _log.warning("append_unanswered", stream=self._stream, why=str(error))
+                await asyncio.sleep(backoff_s(attempt, first_s=0.05, cap_s=5.0))
+                attempt += 1
+            else:
+                self.last = appended.sequence
+                return self.last
+
+    async def _is_ours(self, subject: str, data: bytes, last: int) -> bool:
+        """Whether an append without an answer has landed: the next entry is it, to the bit."""
+
+        async def get() -> Stored | None:
+            found = await self._streams.get(self._stream, self.last + 1)
+            if found is None and last > self.last:
+                raise TransientError("a replica of the broker lags behind its log")
+            return found
+
+        found = await patiently(get, "get")
+        return found is not None and found.subject == subject and found.data == data
+
+    def _fenced(self, last: int) -> Fenced:
+        if 0 <= last < self.last:
+            return Fenced(
+                f"stream {self._stream} ends at {last}, but this process has written up to "
+                f"{self.last}: the broker has lost entries (another store directory, or a "
+                "backup?); give it its store back, or start the aggregator anew on what is left"
+            )
+        return Fenced(
+            f"another aggregator writes to stream {self._stream} (it is at {last}, this one at "
+            f"{self.last}): stop one of them, then start the other again"
+        )
+
+
+async def read(
+    streams: Streams, stream: str, subject: str, after: int = 0
+) -> AsyncGenerator[tuple[int, Event], None]:
+    """What is stored now beyond `after`, in order, with its sequence; the undecodable is skipped.
+
+    Raises:
+        TransientError: the broker did not answer; go on after the last sequence got.
+    """
+    async with aclosing(streams.read(stream, subject, after=after)) as pages:
+        async for stored in pages:
+            event = _decoded(stream, stored.sequence, stored.data, _event)
+            if event is not None:
+                yield stored.sequence, event
+
+
+@dataclass(frozen=True, slots=True)
+class _Source(Generic[Kind]):
+    """Where events are stored and where the broker says live that there are more.
+
+    `live` carries the republished events, with their sequences; where it is `stored` itself, each
+    of its messages is a mere hint (the broker may have refused it).
+    """
+
+    stream: str
+    stored: str
+    live: str
+    decode: Callable[[bytes], Kind]
+
+    def sequences(self, news: Delivery) -> tuple[int, int]:
+        """The stream sequence of a republished event, and that of the one before; (0, 0): none.
+
+        The header names the one before of the same subject; over all subjects it is the one less.
+        """
+        try:
+            sequence = int(news.headers[SEQUENCE_HEADER])
+            before = int(news.headers[LAST_SEQUENCE_HEADER])
+        except (KeyError, ValueError):
+            return 0, 0
+        return sequence, sequence - 1 if self.live.endswith("*") else before
+
+
+def follow(
+    bus: Bus, streams: Streams, job: str, after: int = 0, *, check_s: float | None = None
+) -> AsyncGenerator[tuple[int, LogEvent], None]:
+    """One job's facts beyond `after`, old and then new, for as long as the bus is open.
+
+    `check_s`: how long it may be silent before the log itself is looked at, in case its very last
+    event was lost; a look costs about 300 bytes. None: after reconnects only.
+    """
+    source = _Source(subjects.LOG_STREAM, subjects.log(job), subjects.events(job), _log_event)
+    return _follow(bus, streams, source, after, check_s)
+
+
+def follow_all(
+    bus: Bus, streams: Streams, after: int = 0, *, check_s: float | None = 30.0
+) -> AsyncGenerator[tuple[int, LogEvent], None]:
+    """Every job's facts beyond `after` in the order of the stream, old and then new."""
+    source = _Source(subjects.LOG_STREAM, subjects.ALL_LOGS, subjects.ALL_EVENTS, _log_event)
+    return _follow(bus, streams, source, after, check_s)
+
+
+def follow_detail(
+    bus: Bus, streams: Streams, after: int = 0, *, check_s: float | None = 5.0
+) -> AsyncGenerator[tuple[int, DetailEvent], None]:
+    """Every job's private facts beyond `after` in the order of the stream, old and then new."""
+    details = subjects.ALL_DETAILS
+    source = _Source(subjects.DETAIL_STREAM, details, details, _detail_event)
+    return _follow(bus, streams, source, after, check_s)
+
+
+async def _follow(
+    bus: Bus,
+    streams: Streams,
+    source: _Source[Kind],
+    after: int,
+    check_s: float | None,
+) -> AsyncGenerator[tuple[int, Kind], None]:
+    position = after
+    async with bus.subscribe(source.live, gaps=True) as live:
+        news: Delivery | None = GAP  # at first, all of history may be missing
+        while news is not None:
+            sequence, before = source.sequences(news)
+            if before <= position < sequence:
+                position = sequence
+                event = _decoded(source.stream, sequence, news.data, source.decode)
+                if event is not None:
+                    yield sequence, event
+            elif news is GAP or sequence > position or source.live == source.stored:
+                wanted = sequence if news is GAP or sequence else position + 1
+                async with aclosing(_catch_up(streams, source, position, wanted)) as missing:
+                    async for stored in missing:
+                        position = stored.sequence
+                        event = _decoded(source.stream, position, stored.data, source.decode)
+                        if event is not None:
+                            yield position, event
+            news = await _next(live, check_s)
+            while source.live == source.stored and news not in (None, GAP):
+                hint, news = news, await _next(live, 0.0)
+                if news is GAP:
+                    news = hint
+                    break
+
+
+async def _next(live: AsyncIterator[Delivery], wait_s: float | None) -> Delivery | None:
+    """The next delivery, None at the end, GAP after `wait_s` without one."""
+    try:
+        async with asyncio.timeout(wait_s):
+            return await anext(live, None)
+    except TimeoutError:
+        return GAP
+
+
+async def _catch_up(
+    streams: Streams, source: _Source[Kind], after: int, wanted: int
+) -> AsyncGenerator[Stored, None]:
+    """What is stored beyond `after`, read again for a while if `wanted` is not there yet.
+
+    It may not be: a replica of the broker lags behind, or a hint came before what it hints at.
+    """
+    position, attempt = after, 0
+    while True:
+        try:
+            pages = streams.read(source.stream, source.stored, after=position)
+            async with aclosing(pages):
+                async for stored in pages:
+                    position, attempt = stored.sequence, 0
+                    yield stored
+        except TransientError as error:
+            _log.debug("log_unreadable", stream=source.stream, after=position, why=str(error))
+            await asyncio.sleep(backoff_s(attempt, cap_s=2.0))
+        else:
+            if position >= wanted or attempt >= len(_AGAIN_S):
+                return
+            await asyncio.sleep(_AGAIN_S[attempt])
+        attempt += 1
+
+
+def _decoded(
+    stream: str, sequence: int, data: bytes, decode_kind: Callable[[bytes], Kind]
+) -> Kind | None:
+    """The event, or None for one of a kind that this version does not know."""
+    try:
+        return decode_kind(data)
+    except MalformedMessage as error:
+        declined[stream] += 1
+        _log.warning("log_entry_declined", stream=stream, sequence=sequence, why=str(error))
+        return None
+
+
+def _event(data: bytes) -> Event:
+    message = decode(data, Message)
+    if not isinstance(message, LogEvent | DetailEvent):
+        raise MalformedMessage(f"a {type(message).__name__} in a log")
+    return message
+
+
+def _log_event(data: bytes) -> LogEvent:
+    message = decode(data, Message)
+    if not isinstance(message, LogEvent):
+        raise MalformedMessage(f"a {type(message).__name__} in the public log")
+    return message
+
+
+def _detail_event(data: bytes) -> DetailEvent:
+    message = decode(data, Message)
+    if not isinstance(message, DetailEvent):
+        raise MalformedMessage(f"a {type(message).__name__} among the details")
+    return message

@@ -1,0 +1,98 @@
+"""Updates folded, deduplicated and logged per second of the aggregator's CPU.
+
+A real nats-server whose UPDATES stream is loaded beforehand with whole rounds of 32-probe updates, one
+in twenty of them sent twice; one synced append a batch. Baseline: the same, one update a batch.
+"""
+
+import asyncio
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from services.aggregator.config import Settings
+from services.aggregator.service import Aggregator
+from shared import nats_bus, subjects
+from shared.broker import start_broker
+from shared.clock import SystemClock
+from shared.codec import encode
+from shared.messages import ProbeResult, SubmitUpdate, UpdateKey
+from shared.runtime import Stop
+from tests.bench.figure import Figure
+from tests.support.jobs import a_job
+
+PROBES, DIRECTIONS = 32, 512
+
+
+async def figures() -> list[Figure]:
+    batched = await _updates_per_cpu_s(updates=20_000, batch=256)
+    single = await _updates_per_cpu_s(updates=2_000, batch=1)
+    return [Figure("fold.updates_per_s", batched, "1/s", single, target=5000)]
+
+
+async def _updates_per_cpu_s(*, updates: int, batch: int) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        async with start_broker(Path(folder)) as broker:
+            bus = await nats_bus.connect([broker.url], name="bench")
+            try:
+                return await _run(bus, updates, batch)
+            finally:
+                await bus.close()
+
+
+async def _run(bus: nats_bus.NatsBus, updates: int, batch: int) -> float:
+    aggregator = Aggregator(bus, bus, Settings(batch=batch), SystemClock())
+    job = a_job(
+        directions=DIRECTIONS, enough_devices=updates + 1, enough_probes=2**40, rounds=1, d=1000
+    )
+    opening = Stop()
+    async with asyncio.TaskGroup() as tasks:
+        serving = tasks.create_task(aggregator.serve(opening))
+        while not await _submitted(bus, encode(job)):
+            await asyncio.sleep(0.05)
+        opening.set()
+        await serving
+    await _load(bus, aggregator, updates)
+    twin = Aggregator(bus, bus, Settings(batch=batch), SystemClock())
+    stop = Stop()
+    async with asyncio.TaskGroup() as tasks:
+        began = time.process_time()
+        tasks.create_task(twin.serve(stop))
+        while twin.counters.get("updates_folded") < updates:
+            await asyncio.sleep(0.05)
+        seconds = time.process_time() - began
+        stop.set()
+    return updates / seconds
+
+
+async def _submitted(bus: nats_bus.NatsBus, data: bytes) -> bool:
+    try:
+        await bus.request(subjects.JOB_SUBMIT, data, timeout_s=5)
+    except Exception:  # noqa: BLE001 - the aggregator is not listening yet
+        return False
+    return True
+
+
+async def _load(bus: nats_bus.NatsBus, aggregator: Aggregator, updates: int) -> None:
+    opened = aggregator.jobs["demo"].open
+    assert opened is not None
+    chance = np.random.default_rng(0)
+    for number in range(updates):
+        device = f"d{number}"
+        key = UpdateKey(opened.job, opened.epoch, opened.round, device, 0)
+        differences = chance.integers(-50_000, 50_000, PROBES).astype("<i4").tobytes()
+        result = ProbeResult(
+            how="probe",
+            ranges=[(number * PROBES % DIRECTIONS, PROBES)],
+            differences=differences,
+            bends=differences,
+            loss=4 << 20,
+            weight=4,
+        )
+        data = encode(SubmitUpdate(key=key, digest=opened.digest, result=result, work_s=1.0))
+        for _ in range(2 if number % 20 == 0 else 1):
+            await bus.publish(subjects.update(opened.job, device), data)
+        if number % 500 == 0:
+            await bus.flush()
+    await bus.flush()

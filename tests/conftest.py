@@ -1,0 +1,41 @@
+"""Fixtures that more than one folder uses."""
+
+from collections.abc import AsyncGenerator
+from pathlib import Path
+
+import pytest
+
+from shared.bus import Link
+from tests.support.broker import BrokerProcess, start_broker
+from tests.support.hubs import Hub, MemoryHub, NatsHub
+
+
+@pytest.fixture
+async def broker(tmp_path: Path) -> AsyncGenerator[BrokerProcess, None]:
+    """A nats-server of this test's own."""
+    async with start_broker(tmp_path / "broker") as process:
+        yield process
+
+
+@pytest.fixture
+async def nats_hub(broker: BrokerProcess) -> AsyncGenerator[NatsHub, None]:
+    hub = NatsHub(broker)
+    yield hub
+    await hub.close()
+
+
+@pytest.fixture
+def memory_hub() -> MemoryHub:
+    return MemoryHub()
+
+
+@pytest.fixture(params=["memory", "nats"])
+def hub(request: pytest.FixtureRequest) -> Hub:
+    """Either broker: what a test says of it holds for both."""
+    return request.getfixturevalue(f"{request.param}_hub")
+
+
+@pytest.fixture
+async def bus(hub: Hub) -> Link:
+    """One connection to either broker."""
+    return await hub.connect("bus")

@@ -1,0 +1,152 @@
+"""`seedwire up` and the commands it names, as a newcomer runs them; the engine alone is a fake."""
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import sys
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from aiohttp import ClientSession
+
+from services.console.failure import EXIT_FAILURE
+from shared.runtime import EXIT_CONFIG
+
+ROOT = Path(__file__).resolve().parents[2]
+WORDS = {"fruit": ["apple", "pear", "plum"], "tool": ["saw", "drill", "file"]}
+START_S, COMMAND_S = 60.0, 60.0
+
+
+def environment() -> dict[str, str]:
+    others = {k: v for k, v in os.environ.items() if not k.startswith("SEEDWIRE_")}
+    return {**others, "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
+
+
+async def spawn(*arguments: str) -> asyncio.subprocess.Process:
+    """The console as a process, in a session of its own as a shell would give it."""
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "services.console", *arguments),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        env=environment(),
+        start_new_session=True,
+    )
+
+
+async def seedwire(*arguments: str) -> tuple[int, str]:
+    """Exit code and output of one command."""
+    process = await spawn(*arguments)
+    async with asyncio.timeout(COMMAND_S):
+        output, _ = await process.communicate()
+    return process.returncode or 0, output.decode()
+
+
+@asynccontextmanager
+async def up(path: Path, *more: str) -> AsyncGenerator[asyncio.subprocess.Process, None]:
+    """`seedwire up` on free ports; its whole session is gone at the end, whatever the test did."""
+    process = await spawn("up", "--state-dir", str(path / "state"), "--port", "0", *more)
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.terminate()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(START_S):
+                    await process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+async def announced(process: asyncio.subprocess.Process) -> tuple[str, str]:
+    """The broker's and telemetry's addresses, once everything is up."""
+    assert process.stdout is not None
+    broker = telemetry = ""
+    async with asyncio.timeout(START_S):
+        async for line in process.stdout:
+            text = line.decode()
+            if text.startswith("broker "):
+                broker = text.split()[1]
+            elif text.startswith("telemetry "):
+                telemetry = text.split()[1].removesuffix("/metrics,")
+            elif "seedwire job submit" in text:
+                return broker, telemetry
+    raise AssertionError("it ended before it was up")
+
+
+def some_data(path: Path, *, rows: int) -> Path:
+    """Rows that a bag of words can tell apart."""
+    pairs = [(label, word) for label, words in WORDS.items() for word in words]
+    chosen = [pairs[number % len(pairs)] for number in range(rows)]
+    lines = [json.dumps({"text": f"a {word} of mine", "label": label}) for label, word in chosen]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def children_of(process: asyncio.subprocess.Process, module: str) -> list[int]:
+    """Process ids of the service `module` that `process` has started."""
+    found: list[int] = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            command = (entry / "cmdline").read_bytes().decode().split("\0")
+            if parent == process.pid and module in command:
+                found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds its processes in /proc")
+async def test_a_newcomer_starts_everything_tunes_a_model_and_stops(tmp_path: Path) -> None:
+    data, model = some_data(tmp_path / "data.jsonl", rows=60), tmp_path / "model.json"
+    model.write_text("{}")
+    devices = ["--device", f"phone={data}", "--device", f"tablet={data}"]
+    more = [*devices, "--heldout", str(data), "--engine", "fake", "--telemetry-port", "0"]
+    async with up(tmp_path, *more) as process:
+        broker, telemetry = await announced(process)
+        at = ["--servers", broker]
+        line = f"--name demo --model {model} --labels-from {data} --engine fake --watch"
+        line += " --rounds 12 --evaluate-every 4 --enough-devices 2 --directions 64 --deadline 10"
+        submitting = asyncio.create_task(seedwire("job", "submit", *line.split(), *at))
+        await asyncio.sleep(2.0)
+        (aggregator,) = children_of(process, "services.aggregator")
+        os.kill(aggregator, signal.SIGKILL)  # it is started again and nothing is lost
+        code, output = await submitting
+        assert code == 0, output
+        accuracies = re.search(r"([\d.]+)% -> ([\d.]+)%", output)
+        assert accuracies, output
+        assert float(accuracies[2]) > max(60.0, float(accuracies[1]) - 1)
+        assert children_of(process, "services.aggregator") != [aggregator]
+
+        code, output = await seedwire("job", "list", *at)
+        assert (code, "ended (finished)" in output) == (0, True), output
+        code, output = await seedwire("devices", *at)
+        assert (code, "phone" in output, "tablet" in output) == (0, True, True), output
+        code, output = await seedwire("job", "stop", "demo", *at)
+        assert (code, "demo" in output) == (EXIT_FAILURE, True), output
+        code, output = await seedwire("job", "watch", "demo", "--json", *at)
+        assert json.loads(output.splitlines()[-1])["type"] == "JobEnded"
+
+        async with ClientSession() as client, client.get(f"{telemetry}/jobs/demo") as response:
+            job = await response.json()
+        assert (job["status"], len(job["rounds"])) == ("ended", 13)
+        os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal
+        async with asyncio.timeout(30.0):
+            assert await process.wait() == 0
+        assert not children_of(process, "services.aggregator")
+
+
+async def test_a_port_that_is_taken_ends_it_with_a_sentence(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        async with up(tmp_path, "--telemetry-port", port) as process:
+            assert process.stdout is not None
+            async with asyncio.timeout(START_S):
+                output = (await process.stdout.read()).decode()
+                assert await process.wait() == EXIT_CONFIG
+    assert f"error: telemetry: cannot listen on 127.0.0.1:{port}" in output
+    assert "Traceback" not in output

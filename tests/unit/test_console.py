@@ -1,0 +1,180 @@
+"""The console: manifests from models, settings from three places."""
+
+import json
+from pathlib import Path
+from typing import cast
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.console.failure import Failure, Usage
+from services.console.labels import labels_of, parse_labels
+from services.console.manifest import AdapterKind, AdapterOptions, layer_numbers, manifest
+from services.console.spec import read_file, wanted
+from shared.adapter import Adapter, size
+from shared.codec import decode_manifest, encode_manifest
+from shared.engine.protocol import Facts
+from shared.errors import ConfigError
+from shared.messages import Manifest, Variant
+
+DIGEST = "d" * 64
+VARIANT = Variant(DIGEST, 1000, "tiny.gguf")
+
+
+def some_facts(*, layers: int = 4, width: int = 8, tied: bool = False, tokens: int = 0) -> Facts:
+    """A llama-shaped model, its attention's values narrower than its queries."""
+    matrices = {"token_embd.weight": [100, width]}
+    if not tied:
+        matrices["output.weight"] = [100, width]
+    for layer in range(layers):
+        matrices[f"blk.{layer}.attn_q.weight"] = [width, width]
+        matrices[f"blk.{layer}.attn_v.weight"] = [width // 2, width]
+        matrices[f"blk.{layer}.ffn_down.weight"] = [width, 3 * width]
+    return Facts(
+        architecture="llama",
+        n_embd=width,
+        n_layer=layers,
+        n_vocab=100,
+        n_ctx_train=128,
+        tied=tied,
+        matrices=matrices,
+        tokens=list(range(50, 50 + tokens)),
+    )
+
+
+def build(facts: Facts, options: AdapterOptions, *, labels: int = 0) -> Manifest:
+    words = {f"label{number}": f" word{number}" for number in range(labels)}
+    return manifest(facts, options, labels=words, variant=VARIANT, seed=7, momentum=False)
+
+
+# ---- manifests
+
+
+@given(
+    layers=st.integers(2, 6),
+    width=st.sampled_from([8, 16, 64]),
+    rank=st.integers(1, 5),
+    labels=st.integers(2, 9),
+    kind=st.sampled_from(["output-rows", "lora", "control"]),
+)
+def test_whatever_it_builds_is_an_adapter_of_the_model(
+    layers: int, width: int, rank: int, labels: int, kind: AdapterKind
+) -> None:
+    facts = some_facts(layers=layers, width=width, tokens=labels)
+    options = AdapterOptions(kind=kind, rank=rank)
+    made = build(facts, options, labels=labels)
+    data = encode_manifest(made)
+    assert decode_manifest(data) == made
+    assert len(Adapter(data).theta) == made.d == sum(size(block) for block in made.blocks)
+    expected = {
+        "output-rows": labels * width,
+        "lora": layers * rank * (width + width // 2),
+        "control": (layers - 1) * width,
+    }
+    assert made.d == expected[kind]
+    for block in made.blocks:
+        if block.kind == "lora_b":
+            assert [block.shape[0], block.d_in] == facts.matrices[block.tensor]
+            assert 0 <= block.slot < rank
+
+
+def test_output_rows_are_one_block_of_the_labels_tokens_in_their_order() -> None:
+    (block,) = build(some_facts(tokens=3), AdapterOptions(), labels=3).blocks
+    assert (block.tensor, block.rows, block.shape) == ("output.weight", [50, 51, 52], [3, 8])
+
+
+def test_control_spares_the_first_layer_and_lora_does_not() -> None:
+    control = build(some_facts(), AdapterOptions(kind="control"))
+    assert [block.layer for block in control.blocks] == [1, 2, 3]
+    lora = build(some_facts(), AdapterOptions(kind="lora", rank=1, layers="0-1"))
+    assert [block.tensor for block in lora.blocks] == [
+        f"blk.{layer}.{name}.weight" for name in ("attn_q", "attn_v") for layer in (0, 1)
+    ]
+
+
+def test_two_words_with_the_same_first_token_are_refused_by_name() -> None:
+    facts = msgspec.structs.replace(some_facts(), tokens=[5, 6, 5])
+    labels = {"a": " sport", "b": " world", "c": " sports"}
+    with pytest.raises(Failure, match=r"' sport' and ' sports'"):
+        manifest(facts, AdapterOptions(), labels=labels, variant=VARIANT, seed=7, momentum=False)
+
+
+@pytest.mark.parametrize(
+    ("facts", "options", "labels", "mend"),
+    [
+        (some_facts(tied=True, tokens=2), AdapterOptions(), 2, "--adapter lora"),
+        (some_facts(), AdapterOptions(), 0, "--labels"),
+        (some_facts(), AdapterOptions(kind="lora", targets=["attn_z"]), 0, "attn_q, attn_v, ffn"),
+        (some_facts(tied=True), AdapterOptions(kind="lora", targets=["output"]), 0, "ffn_down"),
+        (some_facts(), AdapterOptions(kind="lora", layers="2-9"), 0, "layers 0-3"),
+        (some_facts(), AdapterOptions(kind="control", layers="0"), 0, "layers 1-3"),
+        (some_facts(), AdapterOptions(kind="lora", layers="some"), 0, "2-5"),
+        (some_facts(), AdapterOptions(kind="lora", rank=4096), 0, "lower --rank"),
+        (some_facts(layers=1), AdapterOptions(kind="control"), 0, "too few"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_mend(
+    facts: Facts, options: AdapterOptions, labels: int, mend: str
+) -> None:
+    with pytest.raises(Failure, match=mend):
+        build(facts, options, labels=labels)
+
+
+@given(st.integers(0, 20), st.integers(0, 20))
+def test_a_run_of_layers_holds_both_its_ends(a: int, b: int) -> None:
+    low, high = sorted((a, b))
+    assert list(layer_numbers(f"{low}-{high}", 0, 21)) == list(range(low, high + 1))
+
+
+# ---- settings
+
+
+def test_a_flag_beats_the_file_and_the_file_the_default() -> None:
+    file = {"tuning": {"rounds": 7, "step": 0.5}, "adapter": {"rank": 9}, "snapshot_every": 3}
+    asked = wanted({"tuning": {"step": 0.25, "eps": None}}, cast("dict[str, object]", file))
+    assert (asked.spec.tuning.rounds, asked.spec.tuning.step) == (7, 0.25)
+    assert (asked.adapter.kind, asked.adapter.rank, asked.spec.snapshot_every) == ("lora", 9, 3)
+
+
+def test_labels_choose_choices_output_rows_and_exact() -> None:
+    asked = wanted({"task": {"labels": {"1": "world", "2": "sports"}}}, {})
+    assert (asked.spec.task.loss, asked.adapter.kind) == ("choices", "output-rows")
+    assert asked.spec.tuning.how == "exact"
+    assert asked.spec.pacing.enough_probes == asked.spec.tuning.directions
+    assert asked.spec.task.labels == {"1": " world", "2": " sports"}
+
+
+def test_a_template_that_ends_in_space_leaves_words_alone() -> None:
+    flags = {"task": {"labels": {"a": "x", "b": "y"}, "template": "{text} is "}}
+    assert wanted(flags, {}).spec.task.labels == {"a": "x", "b": "y"}
+
+
+def test_a_wrong_flag_is_usage_and_a_wrong_file_is_configuration(tmp_path: Path) -> None:
+    with pytest.raises(Usage, match="--eps"):
+        wanted({"tuning": {"eps": -1.0}}, {})
+    with pytest.raises(ConfigError, match=r"tuning\.eps"):
+        wanted({}, {"tuning": {"eps": -1.0}})
+    with pytest.raises(ConfigError, match=r"tuning\.steps; known: .*step"):
+        wanted({}, {"tuning": {"steps": 1}})
+    with pytest.raises(ConfigError, match=r"\[tuning\]"):
+        wanted({}, {"tuning": 3})
+    (tmp_path / "job.toml").write_text("[tuning\n")
+    with pytest.raises(ConfigError, match="not TOML"):
+        read_file(tmp_path / "job.toml")
+
+
+def test_exact_with_another_adapter_is_refused() -> None:
+    with pytest.raises(Usage, match="output-rows"):
+        wanted({"tuning": {"how": "exact"}, "adapter": {"kind": "lora"}}, {})
+
+
+def test_labels_come_from_the_command_line_or_the_rows(tmp_path: Path) -> None:
+    assert parse_labels("a=one,b") == {"a": "one", "b": "b"}
+    for wrong in ("a,,b", "a=1,a=2", "=x"):
+        with pytest.raises(Usage):
+            parse_labels(wrong)
+    rows = [{"text": "t", "label": "b"}, {"text": "t", "label": 3}, {"prompt": "p"}, "no object"]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\nnot JSON\n")
+    assert labels_of(tmp_path / "data.jsonl") == {"3": "3", "b": "b"}

@@ -1,0 +1,319 @@
+"""The console over a broker in memory, its child processes, and its command line."""
+
+import asyncio
+import io
+import json
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from services.console import listing
+from services.console.__main__ import app
+from services.console.children import Program, Supervisor
+from services.console.client import ask, shown
+from services.console.failure import EXIT_UNREACHABLE, EXIT_USAGE, Failure
+from services.console.spec import wanted
+from services.console.submit import Submission, submit
+from services.console.up import Plan, free_port
+from services.console.watch import watch
+from shared import subjects
+from shared.bus import Bus
+from shared.codec import decode, decode_manifest, encode
+from shared.errors import ConfigError
+from shared.log import LogWriter, ensure_streams
+from shared.memory_bus import MemoryBroker, MemoryBus
+from shared.messages import (
+    AdapterEvaluated,
+    Commit,
+    DevicesListed,
+    DeviceSummary,
+    JobAccepted,
+    JobEnded,
+    JobOpened,
+    JobsListed,
+    JobSummary,
+    LogEvent,
+    Message,
+    Refused,
+    RoundClosed,
+    StopJob,
+    SubmitJob,
+)
+from shared.runtime import EXIT_CONFIG, Stop
+from tests.support.jobs import a_job
+from tests.support.waiting import wait_until
+
+DIGEST = "d" * 64
+
+
+def a_life(job: str = "demo") -> list[LogEvent]:
+    """A short job, from its first fact to its last."""
+    return [
+        JobOpened(job=job, spec=a_job(rounds=2).spec),
+        evaluated(1, correct=25),
+        closed(1, loss=1.5),
+        closed(2, loss=0.5),
+        evaluated(3, correct=75),
+        JobEnded(job=job, epoch=0, round=3, reason="finished", digest=DIGEST),
+    ]
+
+
+def closed(round: int, *, loss: float) -> RoundClosed:
+    return RoundClosed(
+        job="demo",
+        epoch=0,
+        round=round,
+        reason="enough",
+        commit=Commit(0, []),
+        digest=DIGEST,
+        detail_sequence=round,
+        updates=4,
+        devices=2,
+        loss=loss,
+    )
+
+
+def evaluated(round: int, *, correct: int) -> AdapterEvaluated:
+    return AdapterEvaluated(
+        job="demo",
+        epoch=0,
+        round=round,
+        digest=DIGEST,
+        examples=100,
+        correct=correct,
+        weight=100,
+        loss=120.0,
+        detail_sequence=round,
+    )
+
+
+class Services:
+    """Answers as aggregator and scheduler would; keeps what it was asked."""
+
+    def __init__(self, *answers: Message) -> None:
+        self.answers = list(answers)
+        self.asked: list[Message] = []
+
+    async def serve(self, bus: Bus) -> None:
+        async with bus.subscribe(f"{subjects.PREFIX}.>") as deliveries:
+            async for delivery in deliveries:
+                if delivery.reply:
+                    self.asked.append(decode(delivery.data, Message))
+                    await bus.publish(delivery.reply, encode(self.answers.pop(0)))
+
+
+@asynccontextmanager
+async def a_fleet(*answers: Message) -> AsyncGenerator[tuple[MemoryBus, LogWriter, Services], None]:
+    """The console's bus, the log's writer, and services that give `answers` in their order."""
+    broker = MemoryBroker()
+    bus = broker.connect("console")
+    await ensure_streams(bus)
+    services = Services(*answers)
+    serving = asyncio.create_task(services.serve(broker.connect("services")))
+    await asyncio.sleep(0)
+    try:
+        yield bus, await LogWriter.open(bus, subjects.LOG_STREAM), services
+    finally:
+        serving.cancel()
+        await asyncio.wait({serving})
+
+
+def paper(*, terminal: bool = False) -> tuple[Console, io.StringIO]:
+    """A console that writes to a string."""
+    written = io.StringIO()
+    return Console(file=written, width=120, force_terminal=terminal), written
+
+
+async def test_a_job_that_is_over_is_shown_to_its_end() -> None:
+    async with a_fleet() as (bus, log, _):
+        for event in a_life():
+            await log.append("demo", event)
+        console, written = paper()
+        await watch(bus, "demo", as_json=False, console=console)
+        assert "demo round 2: loss 0.5000, accuracy 25.0%" in written.getvalue()
+        assert "25.0% -> 75.0%" in written.getvalue()
+        assert "1.5000 -> 0.5000" in written.getvalue()
+
+
+async def test_a_running_job_is_followed_until_it_ends() -> None:
+    async with a_fleet() as (bus, log, _):
+        life = a_life()
+        await log.append("demo", life[0])
+        console, written = paper(terminal=True)
+        watching = asyncio.create_task(watch(bus, "demo", as_json=False, console=console))
+        for event in life[1:]:
+            await asyncio.sleep(0)
+            assert not watching.done()
+            await log.append("demo", event)
+        progress = await watching
+        assert (progress.closed, progress.updates) == (2, 8)
+        assert "2/2" in written.getvalue()
+
+
+async def test_json_lines_hold_every_event(capsys: pytest.CaptureFixture[str]) -> None:
+    async with a_fleet() as (bus, log, _):
+        for event in a_life():
+            await log.append("demo", event)
+        console, written = paper()
+        await watch(bus, "demo", as_json=True, console=console)
+        types = [json.loads(line)["type"] for line in capsys.readouterr().out.splitlines()]
+        assert types == [type(event).__name__ for event in a_life()]
+        assert written.getvalue() == ""
+
+
+async def test_watching_a_job_there_is_not_names_those_there_are() -> None:
+    there = JobSummary("other", "running", 0, 1, 9, DIGEST)
+    async with a_fleet(JobsListed(jobs=[there])) as (bus, _, _):
+        with pytest.raises(Failure, match="no job is called demo; jobs: other"):
+            await watch(bus, "demo", as_json=False, console=paper()[0])
+
+
+async def test_jobs_and_devices_are_listed_as_the_services_know_them() -> None:
+    job = JobSummary("demo", "ended", 0, 3, 2, DIGEST, reason="finished", accuracy=0.75)
+    device = DeviceSummary("phone", 12.0, rows=40, problem="no model; set --models")
+    async with a_fleet(JobsListed(jobs=[job]), DevicesListed(devices=[device])) as (bus, _, _):
+        console, written = paper()
+        console.print(await listing.jobs(bus))
+        console.print(await listing.devices(bus))
+        for expected in ("ended (finished)", "75.0%", "phone", "12 s ago", "no model; set"):
+            assert expected in written.getvalue()
+
+
+async def test_a_refusal_and_silence_are_failures_with_their_reason() -> None:
+    async with a_fleet(Refused(reason="demo is over"), JobsListed(jobs=[])) as (bus, _, _):
+        for reason in ("demo is over", "a JobsListed for an answer to StopJob"):
+            with pytest.raises(Failure, match=reason):
+                await ask(bus, subjects.JOB_STOP, StopJob(job="demo"), JobAccepted)
+    with pytest.raises(Failure, match="nobody serves"):
+        await ask(MemoryBroker().connect("alone"), subjects.JOB_STOP, StopJob(job="x"), JobAccepted)
+
+
+async def test_a_submitted_job_brings_its_model_and_a_manifest_of_it(tmp_path: Path) -> None:
+    model = tmp_path / "model.json"
+    model.write_text(json.dumps({"n_embd": 16, "n_vocab": 512}))
+    labels = {"a": "apple", "b": "banana", "c": "cherry"}
+    submission = Submission("demo", model, wanted({"task": {"labels": labels}}, {}), engine="fake")
+    async with a_fleet(JobAccepted(job="demo")) as (bus, _, services):
+        console, written = paper()
+        await submit(bus, submission, console)
+        (request,) = services.asked
+        assert isinstance(request, SubmitJob)
+        made = decode_manifest(request.manifest)
+        assert (made.d, made.architecture) == (3 * 16, "fake")
+        stored = await bus.get_last(
+            subjects.BLOBS_STREAM, subjects.blob(made.variants[0].digest, 0)
+        )
+        assert stored is not None
+        assert stored.data == model.read_bytes()
+        assert "b as ' banana' (token" in written.getvalue()
+        assert "job demo accepted" in written.getvalue()
+
+
+def test_the_address_shown_keeps_the_password_to_itself() -> None:
+    assert shown("nats://me:secret@host:4222") == "nats://host:4222"
+
+
+# ---- seedwire up
+
+
+async def test_a_service_that_dies_is_started_again_until_the_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "dying_child.py").write_text("print('hello', flush=True); raise SystemExit(3)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    stop, said = Stop(), list[str]()
+    supervisor = Supervisor(tmp_path / "logs", stop, said.append)
+    keeping = asyncio.create_task(supervisor.keep(Program("child", "dying_child", [])))
+    await wait_until(lambda: len(said) >= 2)
+    stop.set()
+    await keeping
+    assert "ended with code 3" in said[0]
+    assert (tmp_path / "logs" / "child.log").read_text().startswith("hello\nhello\n")
+
+
+async def test_a_service_with_a_wrong_configuration_ends_it_all_in_its_own_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = "import sys; print('error: no such thing', file=sys.stderr); print('x'); sys.exit(78)"
+    (tmp_path / "wrong_child.py").write_text(source)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    supervisor = Supervisor(tmp_path, Stop(), print)
+    with pytest.raises(ConfigError, match="child: no such thing"):
+        await supervisor.keep(Program("child", "wrong_child", []))
+
+
+async def test_a_child_is_asked_to_drain_and_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = """
+import signal, sys, time
+def drain(*_):
+    print("drained", flush=True)
+    sys.exit(0)
+signal.signal(signal.SIGTERM, drain)
+print("ready", flush=True)
+time.sleep(60)
+"""
+    (tmp_path / "draining_child.py").write_text(source)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    stop = Stop()
+    supervisor = Supervisor(tmp_path, stop, print)
+    keeping = asyncio.create_task(supervisor.keep(Program("child", "draining_child", [])))
+    log = tmp_path / "child.log"
+    await wait_until(lambda: log.exists() and "ready" in log.read_text())
+    stop.set()
+    await keeping
+    assert "drained" in log.read_text()
+
+
+def test_the_first_device_alone_is_trusted_with_the_held_out_rows(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text("{}\n")
+    plan = Plan(tmp_path, devices={"a": data, "b": data}, heldout=data, models=(tmp_path,))
+    plan.check()
+    programs = {program.name: program.arguments for program in plan.programs("nats://x", 9)}
+    assert list(programs)[:3] == ["aggregator", "scheduler", "telemetry"]
+    assert ("--trusted" in programs["device-a"], "--trusted" in programs["device-b"]) == (
+        True,
+        False,
+    )
+    for wrong in (
+        Plan(tmp_path, heldout=data),
+        Plan(tmp_path, devices={"a b": data}),
+        Plan(tmp_path, devices={"a": tmp_path / "none"}),
+    ):
+        with pytest.raises(ConfigError):
+            wrong.check()
+
+
+# ---- the command line
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "words"),
+    [
+        ("job list --servers nats://127.0.0.1:{port}", EXIT_UNREACHABLE, "seedwire up"),
+        ("job submit --name x", EXIT_USAGE, "--model"),
+        ("job submit --name x --model none.gguf", EXIT_USAGE, "no such file"),
+        ("job submit --name a.b --model {model}", EXIT_USAGE, "A-Z"),
+        ("job submit --name x --model {model} --labels a=1,a=2", EXIT_USAGE, "twice"),
+        ("job submit --name x --model {model} --spec none.toml", EXIT_CONFIG, "none.toml"),
+        ("job submit --name x --model {model} --eps=-1", EXIT_USAGE, "--eps"),
+        ("up --device broken", EXIT_USAGE, "NAME=DATA"),
+    ],
+)
+def test_what_the_user_can_mend_is_a_sentence_and_a_code(
+    line: str, code: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.console.client.CONNECT_S", 0.5)
+    model = tmp_path / "model.gguf"
+    model.write_bytes(b"GGUF")
+    arguments = [part.format(model=model, port=free_port()) for part in line.split()]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == code, result.output
+    assert words in result.output
+    assert "Traceback" not in result.output
