@@ -17,7 +17,7 @@ from shared.messages import EpochOpened, JobOpened, LogEvent, Message, ModelPubl
 
 WINDOW = 128
 KEPT_BYTES = 4 * 1024 * 1024
-"""A tail without a snapshot that is longer than this is not kept in memory, but read again."""
+"""Reading backwards ends here; a replay reads what is before it from its beginning."""
 
 
 @dataclass(frozen=True, slots=True)

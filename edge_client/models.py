@@ -51,9 +51,16 @@ class Models:
             data = self._cache_path.read_bytes()
             self._cache = msgspec.json.decode(data, type=dict[str, Hashed])
 
-    async def digests(self) -> list[str]:
-        """The digests of all files; those not seen before are read, which may take minutes."""
-        return sorted({await self._digest(path) for path in self._files()} - {""})
+    def known(self) -> list[str]:
+        """The digests of the files that have been read so far."""
+        return sorted({self._known(path) for path in self._files()} - {""})
+
+    async def index(self) -> bool:
+        """All files have been read, which may take minutes once; whether any was new."""
+        before = self.known()
+        for path in self._files():
+            await self._digest(path)
+        return self.known() != before
 
     async def find(self, variants: Sequence[Variant]) -> Path:
         """A file that is one of `variants`: an own one, or else the smallest, fetched.
@@ -90,15 +97,16 @@ class Models:
         self._fetched.mkdir(parents=True, exist_ok=True)
         part = target.with_name(target.name + ".part")
         resumed = size_of(part) > 0
-        tried = [self._hint(variant)]
+        tried, there = [self._hint(variant)], False
         try:
             if variant.url and variant.url.startswith(("http://", "https://")):
                 await self._from_address(variant, variant.url, part, target)
+                there = True
             elif variant.url:
                 return await self._from_path(variant, variant.url)
         except (EngineError, TransientError) as error:
             tried.append(str(error))
-        if not target.exists():
+        if not there:
             ref = BlobRef(variant.digest, variant.size_bytes)
             try:
                 await blobs.fetch(self._streams, ref, target)
@@ -109,6 +117,7 @@ class Models:
                     f"bytes) cannot be had: {why}; or put the file under `models`",
                     delay_s=error.delay_s,
                 ) from error
+        self._remember(target, _seen(target), variant.digest)
         self._counters.add("model_downloads")
         self._counters.add("model_resumes", int(resumed))
         log.info("model_fetched", model=variant.name, size_bytes=variant.size_bytes)
@@ -149,20 +158,29 @@ class Models:
     async def _digest(self, path: Path) -> str:
         """SHA-256 of a file, kept between runs; empty where it cannot be read."""
         async with self._hashing:
-            try:
-                seen = _seen(path)
-                known = self._cache.get(str(path))
-                if known is not None and (known.size_bytes, known.changed_ns) == seen:
-                    return known.digest
-                digest = await _sha256(path)
-            except OSError as error:
-                if not isinstance(error, FileNotFoundError):
+            digest = self._known(path)
+            if not digest:
+                try:
+                    seen = _seen(path)  # before: a file still being written is read again
+                    digest = await _sha256(path)
+                except OSError as error:
                     log.warning("model_unreadable", path=str(path), error=str(error))
-                return ""
-            self._cache[str(path)] = Hashed(*seen, digest)
-            with contextlib.suppress(OSError):  # a cache: without it the file is read again
-                self._cache_path.write_bytes(msgspec.json.encode(self._cache))
+                else:
+                    self._remember(path, seen, digest)
             return digest
+
+    def _known(self, path: Path) -> str:
+        """The digest of a file that was read before and has not changed; empty for another."""
+        known = self._cache.get(str(path))
+        with contextlib.suppress(OSError):
+            if known is not None and _seen(path) == (known.size_bytes, known.changed_ns):
+                return known.digest
+        return ""
+
+    def _remember(self, path: Path, seen: tuple[int, int], digest: str) -> None:
+        self._cache[str(path)] = Hashed(*seen, digest)
+        with contextlib.suppress(OSError):  # a cache: without it the file is read again
+            self._cache_path.write_bytes(msgspec.json.encode(self._cache))
 
 
 def _seen(path: Path) -> tuple[int, int]:

@@ -12,7 +12,8 @@ from shared.messages import DeviceReport
 from shared.metrics import Counters
 from shared.runtime import project_version
 
-POSITIONS = 64
+ENDED_SHOWN = 3
+"""Final positions of so many jobs stay in the report."""
 
 log = get("reporting")
 
@@ -20,13 +21,20 @@ log = get("reporting")
 class About:
     """Facts of the device; `changed` is called when one of them is worth a report."""
 
-    def __init__(self, settings: Settings, counters: Counters, changed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        counters: Counters,
+        models: Callable[[], list[str]],
+        changed: Callable[[], None],
+    ) -> None:
         self._settings = settings
+        self._models = models
         self._counters = counters
         self._changed = changed
         self.speeds = Speeds()
-        self.models: list[str] = []
-        self.positions: dict[str, str] = {}
+        self._positions: dict[str, str] = {}
+        self._ended: dict[str, str] = {}
         self._problems: dict[str, str] = {}
         self._rows = self._heldout_rows = 0
         self._refused: set[str] = set()
@@ -56,19 +64,25 @@ class About:
         """What keeps the device from helping, by topic; empty: nothing any more."""
         if self._problems.get(topic, "") != text:
             self._problems[topic] = text
+            if not text:
+                del self._problems[topic]
             self._changed()
 
-    def stands(self, job: str, position: str) -> None:
-        """Where a job's adapter stands; the jobs moved longest ago are left out of the report."""
-        self.positions.pop(job, None)
-        self.positions[job] = position
-        while len(self.positions) > POSITIONS:
-            del self.positions[next(iter(self.positions))]
+    def stand(self, positions: dict[str, str]) -> None:
+        """Where the adapters of the followed jobs stand."""
+        self._positions = positions
+
+    def ended(self, job: str, position: str) -> None:
+        """A job is followed no more; where its adapter stood at last."""
+        self._ended.pop(job, None)
+        self._ended[job] = position
+        if len(self._ended) > ENDED_SHOWN:
+            del self._ended[next(iter(self._ended))]
 
     def report(self) -> DeviceReport:
         """All of it, as of now."""
         settings = self._settings
-        problem = "; ".join(text for text in self._problems.values() if text)
+        problem = "; ".join(self._problems.values())
         return DeviceReport(
             device=settings.device,
             version=project_version()[:40],
@@ -77,11 +91,11 @@ class About:
             rows=self._rows,
             heldout_rows=self._heldout_rows if settings.trusted else 0,
             trusted=settings.trusted,
-            models=self.models[:64],
+            models=self._models()[:64],
             speeds=self.speeds.report()[-64:],
             counters=dict(self._counters.snapshot()),
             problem=problem[:2000],
-            positions=dict(self.positions),
+            positions=dict(list({**self._ended, **self._positions}.items())[-64:]),
         )
 
 

@@ -4,7 +4,7 @@ It is silent while it has nothing to do: the scheduler wakes it.
 """
 
 import asyncio
-import contextlib
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -55,9 +55,10 @@ class Edge:
         self._spool = spool
         self.counters = Counters()
         self._report_due = asyncio.Event()
-        self._about = About(settings, self.counters, self._report_due.set)
+        self._told = b""
         self._engine = Engine(process, self.counters, timeout_s=settings.work_timeout_s)
         self._models = Models(settings.models, Path(settings.state_dir), streams, self.counters)
+        self._about = About(settings, self.counters, self._models.known, self._report_due.set)
         self._outbox = Outbox(
             bus,
             spool,
@@ -147,14 +148,15 @@ class Edge:
         log.info("following", job=job)
         await following.run()
         del self._followings[job]
-        if following.position is not None:
-            self._about.stands(job, following.position.text())
+        position = following.position.text() if following.position else ""
+        if position:
+            self._about.ended(job, position)
         later = asyncio.get_running_loop().call_later
         if following.problem:
             self._about.problem(f"job {job}", following.problem)
             later(RETRY_S, self._about.problem, f"job {job}", "")
         else:
-            log.info("job_ended", job=job, position=self._about.positions.get(job, ""))
+            log.info("job_ended", job=job, position=position)
             self._about.problem(f"job {job}", "")
             self._about.speeds.forget(job)
             later(jittered(ENDED_SPREAD_S / 2, spread=1), self._woken)
@@ -179,21 +181,32 @@ class Edge:
                 self._woken()
 
     async def _reporting(self) -> None:
-        """A report when something changed, and every `report_every_s`."""
-        while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(jittered(self._settings.report_every_s, spread=0.1)):
-                    await self._report_due.wait()
-            self._report_due.clear()
-            await self._report()
+        """A report when something changed, and every `report_every_s`.
 
-    async def _report(self) -> None:
-        for job, following in self._followings.items():
-            if following.position is not None:
-                self._about.stands(job, following.position.text())
+        One that would repeat the last is left out while requests for work show that the device is
+        there: either alone is half of what an idle device sends.
+        """
+        every_s = self._settings.report_every_s
+        while True:
+            try:
+                async with asyncio.timeout(jittered(every_s, spread=0.1)):
+                    await self._report_due.wait()
+            except TimeoutError:
+                heard = time.monotonic() - self._working.answered_at < every_s
+            else:
+                heard = False
+            self._report_due.clear()
+            await self._report(unless_told=heard)
+
+    async def _report(self, *, unless_told: bool = False) -> None:
+        followed = ((job, following.position) for job, following in self._followings.items())
+        self._about.stand({job: position.text() for job, position in followed if position})
         self.counters.put("reconnects", self._bus.reconnects)
         self.counters.put("deliveries_dropped", self._bus.dropped)
         data = encode(self._about.report())
+        if unless_told and data == self._told:
+            return
+        self._told = data
         try:
             await self._bus.publish(subjects.report(self._settings.device), data)
         except TransientError as error:
@@ -201,8 +214,7 @@ class Edge:
 
     async def _indexing(self) -> None:
         """The report lists the device's models; reading them may take minutes, once."""
-        self._about.models = await self._models.digests()
-        if self._about.models:
+        if await self._models.index():
             self._report_due.set()
 
 

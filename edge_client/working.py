@@ -5,6 +5,7 @@ One piece at a time. Work that cannot be done is declined with the reason in the
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
@@ -53,7 +54,10 @@ class Declined(Exception):
 
 @dataclass(eq=False)
 class Working:
-    """`wake` ends any pause; `in_hand` is true from the measurement until the update is sent."""
+    """`wake` ends any pause; `in_hand` is true from the measurement until the update is sent.
+
+    `answered_at`: when the scheduler last answered, by the monotonic clock.
+    """
 
     settings: Settings
     bus: Bus
@@ -66,6 +70,7 @@ class Working:
     last: UpdateKey | None = None
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     in_hand: bool = False
+    answered_at: float = -1e9
     _declined: str = ""
 
     async def run(self, stop: Stop) -> None:
@@ -116,7 +121,7 @@ class Working:
         )
         subject = subjects.work(self.settings.device)
         data = await self.bus.request(subject, encode(request), timeout_s=REQUEST_S)
-        self._declined = ""
+        self._declined, self.answered_at = "", time.monotonic()
         try:
             answer = decode(data, Message)
         except MalformedMessage as error:

@@ -175,7 +175,7 @@ async def submit(demo: Demo, url: str, rounds: int) -> None:
     """Submit the job with the operator's own command."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
-        *("-m", "services.console", "--servers", url, "job", "submit"),
+        *("-m", "services.console", "job", "submit", "--servers", url),
         *("--name", JOB, "--model", str(MODEL), "--spec", str(ROOT / "deploy/demo/job.toml")),
         *("--template", families.PROMPT_TEMPLATE, "--labels", ",".join(families.FAMILIES)),
         *("--rounds", str(rounds)),

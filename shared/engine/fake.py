@@ -118,13 +118,11 @@ class FakeModel(Words):
 
     def measure(self, examples: Sequence[Example]) -> Losses:
         hidden, given = self._hidden(examples)
-        logits = hidden @ self._output.T
+        output = self._output.copy()
         for number, block in enumerate(self._blocks.blocks):
             if block.kind == "output_rows":
-                delta = self._blocks.part(number, self._values).astype(np.float64)
-                logits[:, block.rows] += hidden @ delta.T
-        if self._choices is not None:
-            logits = logits[:, self._choices]
+                output[block.rows] += self._blocks.part(number, self._values)
+        logits = hidden @ (output if self._choices is None else output[self._choices]).T
         at_target = logits[np.arange(len(logits)), given.targets]
         owners, count = given.owners, len(examples)
         loss = np.bincount(owners, _log_sum_exp(logits) - at_target, count).astype(np.float64)

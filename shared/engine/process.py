@@ -25,6 +25,9 @@ from shared.errors import EngineDied, EngineError
 _CHUNK_BYTES = 1 << 16
 _GOODBYE_S = 5.0
 _LAST_WORDS = 3
+_ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+"""numpy's threads spin against the model's; its matrices here are too small for them anyway."""
+
 _ROOT = Path(__file__).resolve().parents[2]
 
 _log = structlog.get_logger()
@@ -177,7 +180,7 @@ class EngineProcess:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
-                env={**os.environ, "PYTHONPATH": python_path},
+                env={**os.environ, **_ONE_THREAD, "PYTHONPATH": python_path},
                 start_new_session=True,  # Ctrl-C is the daemon's to handle
             )
             self._child = _Child(process)

@@ -412,11 +412,11 @@ async def test_a_kind_of_work_from_the_future_is_declined(
     fleet: Fleet, broker: BrokerProcess, tmp_path: Path, model: Path
 ) -> None:
     await fleet.open_job("job", model)
-    future = msgpack.unpackb(encode(fleet.work("job")))
+    future: dict[str, object] = msgpack.unpackb(encode(fleet.work("job")))
     future["work"] = {"kind": "tokens", "prompts": [1, 2]}
     async with daemon(tmp_path, broker, "--models", str(model)):
         await wait_until(lambda: len(fleet.requests) == 1)
-        await fleet.assign(msgpack.packb(future))
+        await fleet.assign(bytes(msgpack.packb(future) or b""))
         await wait_until(lambda: "does not know" in fleet.declined)
         assert "tokens" in fleet.declined
         await fleet.assign(fleet.work("job"))
