@@ -22,7 +22,7 @@ from deploy.demo import build_data, families
 from deploy.demo.link import BAD, CLEAR, Link
 from deploy.demo.outcome import Outcome, shown
 from deploy.demo.processes import ROOT, Child
-from deploy.demo.witness import testify
+from deploy.demo.witness import examine
 from shared import nats_bus, subjects
 from shared.broker import start_broker
 from shared.codec import decode
@@ -151,7 +151,7 @@ async def tune(demo: Demo, url: str, rounds: int) -> Outcome:
     finally:
         await bus.close()
     ledgers = sorted((demo.folder / "state").glob("*/**/ledger.jsonl"))
-    verdict = await testify(url, JOB, ledgers)
+    verdict = await examine(url, JOB, ledgers)
     device_rounds = max(1, demo.rounds) * DEVICES
     return Outcome(
         accuracy_before=demo.accuracies[0],

@@ -36,7 +36,7 @@ class Verdict:
         return not (self.lost or self.twice or self.wrong_rounds)
 
 
-async def testify(url: str, job: str, ledgers: list[Path]) -> Verdict:
+async def examine(url: str, job: str, ledgers: list[Path]) -> Verdict:
     """Read everything once and say what became of each update of `job`."""
     client = await nats.connect(url)
     try:

@@ -97,7 +97,7 @@ class _Reader:
             end = max(end, offset + int(np.prod(shape, dtype=np.int64)) // weights * size)
         alignment = int(metadata.get("general.alignment") or _ALIGNMENT)
         start = -(-self._at // alignment) * alignment
-        if start + end > len(self._data):
+        if end and start + end > len(self._data):
             raise EngineError(
                 f"{self._path}: cut short: {len(self._data)} of at least {start + end} bytes; "
                 "fetch the file again"

@@ -17,10 +17,10 @@ from typing import Literal, cast
 
 import msgpack
 import msgspec
-import structlog
 
 from shared.engine.protocol import AnswerUnion, Failed, RequestUnion
 from shared.errors import EngineDied, EngineError
+from shared.logs import get
 
 _CHUNK_BYTES = 1 << 16
 _GOODBYE_S = 5.0
@@ -30,7 +30,7 @@ _ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
 _ROOT = Path(__file__).resolve().parents[2]
 
-_log = structlog.get_logger()
+log = get("engine")
 
 
 class _Child:
@@ -65,8 +65,9 @@ class _Child:
         self._in.close()
 
     def kill(self) -> None:
+        # Not `process.kill()`: it polls first, and so may reap what asyncio's watcher waits for.
         with contextlib.suppress(ProcessLookupError):
-            self.process.kill()
+            os.kill(self.pid, signal.SIGKILL)
         self._in.close()
 
     async def epitaph(self) -> str:
@@ -82,15 +83,16 @@ class _Child:
         return f"{how}; its last words: {said}" if said else how
 
     async def _listen(self, stderr: asyncio.StreamReader) -> None:
-        rest = b""
-        while data := await stderr.read(_CHUNK_BYTES):
-            *lines, rest = (rest + data).split(b"\n")
+        rest, data = b"", b"\n"
+        while data:
+            data = await stderr.read(_CHUNK_BYTES)
+            *lines, rest = (rest + (data or b"\n")).split(b"\n")
             rest = rest[-_CHUNK_BYTES:]
             for line in lines:
                 text = line.decode(errors="replace").strip()
                 if text:
                     self.last_words.append(text[:400])
-                    _log.debug("engine_said", pid=self.pid, text=text[:2000])
+                    log.debug("engine_said", pid=self.pid, text=text[:2000])
 
 
 class EngineProcess:
@@ -184,7 +186,7 @@ class EngineProcess:
                 start_new_session=True,  # Ctrl-C is the daemon's to handle
             )
             self._child = _Child(process)
-            _log.debug("engine_started", pid=process.pid, generation=self.generation)
+            log.debug("engine_started", pid=process.pid, generation=self.generation)
         return self._child
 
     def _sample_memory(self, child: _Child) -> None:

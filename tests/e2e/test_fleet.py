@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from deploy.demo.processes import ROOT
-from deploy.demo.witness import testify
+from deploy.demo.witness import examine
 from shared.messages import (
     AdapterEvaluated,
     Evaluation,
@@ -61,7 +61,7 @@ async def test_a_fleet_learns_and_everyone_ends_at_one_digest(tmp_path: Path) ->
             end = events[-1]
             assert isinstance(end, JobEnded)
             await ends_alike(fleet, end.job, end.digest)
-        verdict = await testify(fleet.broker.url, "one", fleet.ledgers())
+        verdict = await examine(fleet.broker.url, "one", fleet.ledgers())
         assert verdict.clean, verdict
         assert verdict.final_digest == one[-1].digest  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -87,7 +87,7 @@ async def test_kills_of_everything_lose_nothing_and_count_nothing_twice(tmp_path
         assert isinstance(end, JobEnded)
         assert sum(isinstance(e, RoundClosed) and e.commit is not None for e in events) == 40
         await ends_alike(fleet, "demo", end.digest)
-        verdict = await testify(fleet.broker.url, "demo", fleet.ledgers())
+        verdict = await examine(fleet.broker.url, "demo", fleet.ledgers())
         assert verdict.clean, verdict
         assert verdict.measured >= 80
 

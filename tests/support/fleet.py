@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import json
 from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -121,6 +121,12 @@ class Fleet:
                 assert isinstance(message, JobAccepted), message
                 return message
 
+    async def facts(self, job: str) -> AsyncGenerator[LogEvent, None]:
+        """The job's facts, old and new."""
+        async with aclosing(follow(self.bus, self.bus, job, check_s=2.0)) as events:
+            async for _, event in events:
+                yield event
+
     async def events_until(
         self,
         job: str,
@@ -128,7 +134,7 @@ class Fleet:
     ) -> list[LogEvent]:
         """The job's facts up to the first that `ended` is true of."""
         found: list[LogEvent] = []
-        async for _, event in follow(self.bus, self.bus, job, check_s=2.0):
+        async for event in self.facts(job):
             found.append(event)
             if ended(event):
                 break
@@ -155,19 +161,23 @@ class Fleet:
 
 
 @asynccontextmanager
-async def a_fleet(folder: Path, *, devices: int, services: bool = True) -> AsyncGenerator[Fleet]:
-    """A broker, the three services and devices `d0` ... (d0 is trusted); all end with the block."""
-    model = folder / "model.json"
-    model.write_text("{}")
+async def a_fleet(
+    folder: Path, *, devices: int, model: dict[str, object] | None = None
+) -> AsyncGenerator[Fleet, None]:
+    """A broker, the three services and devices `d0` ... (d0 is trusted); all end with the block.
+
+    `model` are the fake engine's options.
+    """
+    path = folder / "model.json"
+    path.write_text(json.dumps(model or {}))
     async with start_broker(folder / "nats") as broker:
         bus = await nats_bus.connect([broker.url], name="test")
-        fleet = Fleet(folder, broker, bus, model)
+        fleet = Fleet(folder, broker, bus, path)
         hearing = asyncio.create_task(fleet.hear())
         try:
-            if services:
-                for name in ("aggregator", "scheduler"):
-                    await fleet.start_service(name)
-                await fleet.start_service("telemetry", "--port", "0")
+            for name in ("aggregator", "scheduler"):
+                await fleet.start_service(name)
+            await fleet.start_service("telemetry", "--port", "0")
             for number in range(devices):
                 await fleet.start_device(f"d{number}", trusted=number == 0)
             yield fleet

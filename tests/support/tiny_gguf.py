@@ -4,8 +4,10 @@ Small enough to be written in milliseconds, and loaded by llama.cpp like any oth
 mean nothing. The tokenizer is byte-level BPE with a handful of merges.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import gguf
 import numpy as np
@@ -35,9 +37,13 @@ def write(
     shape: Shape = Shape(),
     tied: bool = False,
     quantized: bool = True,
+    plus: Mapping[str, NDArray[np.float32]] = MappingProxyType({}),
     seed: int = 1,
 ) -> Path:
-    """A GGUF file at `path`: matrices in Q8_0, or in F32 where not `quantized`."""
+    """A GGUF file at `path`: matrices in Q8_0, or in F32 where not `quantized`.
+
+    The matrices in `plus` are added to those of the same name.
+    """
     writer = gguf.GGUFWriter(path, architecture)
     _describe(writer, architecture, shape)
     _tokenizer(writer, shape.vocabulary)
@@ -48,6 +54,7 @@ def write(
             writer.add_tensor(name, ones(dims, np.float32))
             continue
         data = random.standard_normal(dims, np.float32) * np.float32(1.0 / np.sqrt(dims[1]))
+        data += plus.get(name, np.float32(0.0))
         if quantized:
             kind = gguf.GGMLQuantizationType.Q8_0
             packed: NDArray[np.uint8] = gguf.quants.quantize(data, kind)
