@@ -194,10 +194,9 @@ async def watch(demo: Demo, bus: nats_bus.NatsBus, rounds: int) -> None:
         TextColumn("up {task.fields[up]:.0f} kB  down {task.fields[down]:.0f} kB"),
         TimeElapsedColumn(),
     )
-    shown_fields = {"accuracy": "-", "loss": "-", "up": 0.0, "down": 0.0}
     killing: asyncio.Task[None] | None = None
     with Progress(*columns, console=demo.console) as progress:
-        bar = progress.add_task("rounds", total=rounds, **shown_fields)
+        bar = progress.add_task("", total=rounds, accuracy="-", loss="-", up=0.0, down=0.0)
         async for _, event in follow(bus, bus, JOB, check_s=10.0):
             match event:
                 case RoundClosed(commit=commit) if commit is not None:

@@ -1,7 +1,7 @@
 """Updates folded, deduplicated and logged per second of the aggregator's CPU.
 
-A real nats-server whose UPDATES stream is loaded beforehand with whole rounds of 32-probe updates, one
-in twenty of them sent twice; one synced append a batch. Baseline: the same, one update a batch.
+A real nats-server whose UPDATES stream is loaded beforehand with updates of 32 probes, one in
+twenty of them sent twice; one synced append a batch. Baseline: the same, one update a batch.
 """
 
 import asyncio

@@ -1,10 +1,10 @@
-"""What a fleet puts on its links, counted by a TCP proxy before each device, and a round's overhead.
+"""What a fleet puts on its links, counted by a proxy before each device, and a round's overhead.
 
-Real processes and a real broker; the fake engine, since only bytes and waiting are measured. A device
-and round: everything a device sends or gets from one close to the next, with 32 probes of a pool of
-512 over 1e5 parameters, snapshots announced every 50 rounds. Baseline: the same adapter as float32,
-sent whole once each way, as federated averaging does. Overhead: a round's duration less the
-longest time any one device computed in it.
+Real processes and a real broker; the fake engine, since only bytes and waiting are measured. A
+device and round: everything a device sends or gets from one close to the next, with 32 probes of
+a pool of 512 over 1e5 parameters, snapshots announced every 50 rounds. Baseline: the same adapter
+as float32, sent whole once each way, as federated averaging does. Overhead: a round's duration
+less the longest time any one device computed in it.
 """
 
 import asyncio
