@@ -37,6 +37,8 @@ log = get("aggregator")
 
 TICK_S = 0.1
 TAKE_WAIT_S = 5.0
+PUT_OFF_S = 10.0
+"""When a batch comes again of which something could not be handled; the rest are duplicates."""
 
 
 class Aggregator:
@@ -107,13 +109,18 @@ class Aggregator:
     async def _on_request(self, delivery: Delivery) -> None:
         try:
             request = decode(delivery.data, Message)
-            answer = await self._answer(request)
+            answer = await self.answer(request)
         except RejectError as error:
             self.counters.add("jobs_refused")
             answer = Refused(reason=str(error))
         await self._reply(delivery, answer)
 
-    async def _answer(self, request: Message) -> Message:
+    async def answer(self, request: Message) -> Message:
+        """What an operator's request comes to.
+
+        Raises:
+            RejectError: it cannot be carried out; the text names the mend.
+        """
         match request:
             case SubmitJob():
                 return await self._submit(request)
@@ -170,11 +177,17 @@ class Aggregator:
                 continue
             if batch is None:
                 continue
-            outcome, _ = await settle(self.fold(batch.messages), self.counters, what="updates")
-            if outcome in ("done", "rejected"):
+            if await self._folded(batch.messages):
                 await batch.done()
             else:
-                await batch.again(1.0)
+                await batch.again(PUT_OFF_S)
+
+    async def _folded(self, messages: Sequence[Stored]) -> bool:
+        """Whether all of a batch is settled; one that cannot be handled holds up no other."""
+        outcome, _ = await settle(self.fold(messages), self.counters, what="updates")
+        if outcome == "failed" and len(messages) > 1:
+            return all([await self._folded([message]) for message in messages])
+        return outcome in ("done", "rejected")
 
     async def fold(self, messages: Sequence[Stored]) -> None:
         """Decide, log, evolve and settle one batch of stored updates."""

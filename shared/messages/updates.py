@@ -46,7 +46,7 @@ class ProbeResult(Record, frozen=True, tag_field="kind", tag="probe"):
     ranges: Ranges
     differences: Packed
     bends: Packed
-    loss: Annotated[int, Meta(ge=0, lt=2**62)]
+    loss: Annotated[int, Meta(ge=0, le=2**52)]
     weight: Annotated[int, Meta(ge=0, lt=2**31)]
     dropped: Count = 0
     """Probes left out because they were not finite or did not fit int32."""

@@ -15,6 +15,8 @@ from shared.engine.evaluating import evaluate
 from shared.engine.examples import choice_tokens, example
 from shared.engine.fake import FakeEngine, Words
 from shared.engine.job import Job
+from shared.engine.layout import batches
+from shared.engine.model import Example
 from shared.engine.probing import NAT, batch, kept_ranges, probe
 from shared.engine.protocol import Evaluate, OpenJob, Probe
 from shared.errors import EngineError
@@ -271,3 +273,20 @@ def test_a_completion_ends_with_the_model_s_end_and_is_cut_last() -> None:
     assert len(both.tokens) == 8
     assert both.targets.tolist() == words.tokenize("w0 w1 w2 w3", start=False)
     assert both.tokens[-3:].tolist() == both.targets[:-1].tolist()
+
+
+def test_batches_keep_the_order_and_every_limit() -> None:
+    lengths = [(5, 1), (6, 3), (2, 2), (9, 9), (1, 1), (1, 1), (1, 1), (1, 1)]
+    examples = [
+        Example(np.arange(tokens, dtype=np.int32), np.arange(read, dtype=np.int32))
+        for tokens, read in lengths
+    ]
+    packed = batches(examples, max_tokens=12, max_sequences=3, max_read=4)
+    assert [len(one.tokens) for one in packed] == [11, 2, 9, 3, 1]
+    assert [int(one.read.sum()) for one in packed] == [4, 2, 9, 3, 1]
+    assert np.concatenate([one.owners for one in packed]).tolist() == [
+        number for number, (_, read) in enumerate(lengths) for _ in range(read)
+    ]
+    assert packed[0].positions.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5]
+    assert packed[0].read.tolist() == [0, 0, 0, 0, 1, 0, 0, 0, 1, 1, 1]
+    assert packed[0].sequences.tolist() == [0] * 5 + [1] * 6

@@ -1,0 +1,216 @@
+"""What tuning costs a device beyond running the model: speed and memory, on a 118 MB model.
+
+Baseline of the speeds: llama_decode alone, of the same batches of 512 tokens with the same logits
+read, in the same process, alternating with the probes. A probe's time is all of it: directions,
+rewritten adapters, decoding, losses. Baseline of the memory: a process that only decodes.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from llama_cpp import llama_cpp as typed
+
+from shared import adapter, dataset
+from shared.codec import encode_manifest
+from shared.engine import layout
+from shared.engine.examples import example
+from shared.engine.job import Job
+from shared.engine.llama import LlamaEngine
+from shared.engine.model import Adaptation
+from shared.engine.probing import probe
+from shared.engine.process import EngineProcess
+from shared.engine.protocol import Apply, Evaluate, Opened, OpenJob, Probe, Standing
+from shared.messages import Block, Commit, Manifest, Task, Variant
+from tests.bench.figure import Figure
+from tests.support import tiny_gguf
+
+native: Any = typed
+SHAPE = tiny_gguf.Shape(
+    width=1024, layers=8, heads=16, kv_heads=8, feed_forward=2816, vocabulary=8192
+)
+RANK = 8
+ROWS, TOKENS_A_ROW = 8, 64
+PAIRS = 6
+TASK = Task("choices", "{text} Answer:", {"0": " a", "1": " b"}, max_tokens=TOKENS_A_ROW)
+TIMEOUT_S = 600.0
+
+
+async def figures() -> list[Figure]:
+    with tempfile.TemporaryDirectory() as folder:
+        model = str(tiny_gguf.write(Path(folder) / "model.gguf", shape=SHAPE))
+        data = Path(folder) / "rows.jsonl"
+        rows = [{"text": f"{n} the other bear " * 20, "label": n % 2} for n in range(ROWS)]
+        data.write_text("\n".join(map(json.dumps, rows)))
+        found = [
+            *_speeds("cvec", model, str(data), 0.95),
+            *_speeds("lora", model, str(data), 0.90),
+        ]
+        training = await _training_mb(model, str(data))
+        inference = float(_in_a_process("inference", model, str(data)))
+    return [
+        *found,
+        Figure("edge.memory_ratio", training / inference, "ratio", 1.0, target=1.1),
+        Figure("edge.training_peak_mb", training, "MB", inference),
+    ]
+
+
+def _speeds(kind: str, model: str, data: str, target: float) -> list[Figure]:
+    probing, plain, ratio = json.loads(_in_a_process("speed", model, data, kind))
+    return [
+        Figure(f"edge.speed_ratio_{kind}", ratio, "ratio", 1.0, target=target),
+        Figure(f"edge.probing_{kind}", probing, "tokens/s", plain),
+    ]
+
+
+def _in_a_process(*arguments: str) -> str:
+    command = [sys.executable, "-m", "tests.bench.edge", *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _blocks(kind: str) -> list[Block]:
+    if kind == "cvec":
+        return [Block("control", "", [SHAPE.width], layer=n) for n in range(1, SHAPE.layers)]
+    kv = SHAPE.width // SHAPE.heads * SHAPE.kv_heads
+    return [
+        Block("lora_b", f"blk.{layer}.{name}.weight", [outs], slot=slot, d_in=SHAPE.width)
+        for layer in range(SHAPE.layers)
+        for name, outs in (("attn_q", SHAPE.width), ("attn_v", kv))
+        for slot in range(RANK)
+    ]
+
+
+def _opening(kind: str, model: str, data: str) -> OpenJob:
+    blocks = _blocks(kind)
+    manifest = Manifest(
+        epoch=0,
+        architecture="llama",
+        seed=7,
+        blocks=blocks,
+        variants=[Variant("0" * 64, 1, "random")],
+        d=sum(block.shape[0] for block in blocks),
+    )
+    return OpenJob(
+        job="bench",
+        manifest=encode_manifest(manifest),
+        task=TASK,
+        model=model,
+        data=data,
+        heldout=data,
+        device="bench",
+    )
+
+
+def _probing(digest: str, blocks: int, first: int, count: int = 1) -> Probe:
+    return Probe(
+        job="bench",
+        round=1,
+        stream_round=1,
+        how="probe",
+        ranges=[(first, count)],
+        eps=0.01,
+        batch_rows=ROWS,
+        scope=(0, blocks),
+        digest=digest,
+    )
+
+
+def _speed(model: str, data: str, kind: str) -> tuple[float, float, float]:
+    """Tokens a second of probing and of plain decoding, and the median of their ratios by pairs."""
+    job = Job(_opening(kind, model, data), LlamaEngine())
+    batches = layout.batches(job.examples("data", range(ROWS)), 512, ROWS, ROWS)
+    tokens = sum(len(batch.tokens) for batch in batches)
+    decode = _plain_decoder(model)
+    digest, blocks = job.adapter.digest(), len(_blocks(kind))
+    decode(batches)
+    probe(job, _probing(digest, blocks, 0))
+    seconds: list[tuple[float, float]] = []
+    for pair in range(PAIRS):
+        began = time.perf_counter()
+        decode(batches)
+        decode(batches)
+        between = time.perf_counter()
+        probe(job, _probing(digest, blocks, pair))  # two passes: S0 is known since the first
+        seconds.append((between - began, time.perf_counter() - between))
+    plain = statistics.median(2 * tokens / one for one, _ in seconds)
+    probing = statistics.median(2 * tokens / other for _, other in seconds)
+    return probing, plain, statistics.median(one / other for one, other in seconds)
+
+
+def _plain_decoder(path: str) -> Callable[[list[layout.Batch]], None]:
+    """Decodes batches with llama.cpp and nothing else; reads one logit of each."""
+    wanted = native.llama_model_default_params()
+    wanted.n_gpu_layers = 0
+    model = native.llama_model_load_from_file(path.encode(), wanted)
+    settings = native.llama_context_default_params()
+    settings.n_ctx = settings.n_batch = settings.n_ubatch = 512
+    settings.n_seq_max = ROWS
+    settings.n_threads = settings.n_threads_batch = 1
+    settings.kv_unified = True
+    context = native.llama_init_from_model(model, settings)
+    sent = native.llama_batch_init(512, 0, 1)
+
+    def decode(batches: list[layout.Batch]) -> None:
+        for batch in batches:
+            sent.n_tokens = len(batch.tokens)
+            for n in range(sent.n_tokens):
+                sent.token[n], sent.pos[n] = int(batch.tokens[n]), int(batch.positions[n])
+                sent.n_seq_id[n], sent.seq_id[n][0] = 1, int(batch.sequences[n])
+                sent.logits[n] = int(batch.read[n])
+            native.llama_memory_clear(native.llama_get_memory(context), False)
+            if native.llama_decode(context, sent):
+                raise RuntimeError("llama.cpp could not decode")
+            native.llama_get_logits(context)[0]
+
+    return decode
+
+
+def _inference_mb(model: str, data: str) -> float:
+    """Peak memory of a process that decodes the rows, MB."""
+    engine = LlamaEngine()
+    nothing = Adaptation("llama", 7, 0, [], [0])
+    tokenizer = engine.open(model, nothing, 1, TOKENS_A_ROW)
+    rows = dataset.read(data, TASK).rows
+    examples = [example(row, TASK, tokenizer) for row in rows]
+    tokenizer.close()
+    decode = _plain_decoder(model)
+    for _ in range(4):
+        decode(layout.batches(examples, 512, ROWS, ROWS))
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+    return float(peak.split()[1]) / 1024
+
+
+async def _training_mb(model: str, data: str) -> float:
+    """Peak memory of an engine's child that probes, commits and evaluates at d of about 1e5, MB."""
+    opening = _opening("lora", model, data)
+    scope = (0, len(_blocks("lora")))
+    engine = EngineProcess("llama")
+    opened = await engine.ask(opening, timeout_s=TIMEOUT_S)
+    assert isinstance(opened, Opened)
+    await engine.ask(_probing(opened.digest, scope[1], 0, 4), timeout_s=TIMEOUT_S)
+    coefficients = np.full(512, 1000)
+    commit = Commit(0, [adapter.term(1, scope, [(0, 512)], coefficients)])
+    moved = await engine.ask(Apply(job="bench", round=1, commit=commit), timeout_s=TIMEOUT_S)
+    assert isinstance(moved, Standing)
+    await engine.ask(_probing(moved.digest, scope[1], 0, 2), timeout_s=TIMEOUT_S)
+    await engine.ask(Evaluate(job="bench", digest=moved.digest), timeout_s=TIMEOUT_S)
+    await engine.close()
+    return engine.peak_rss_mb
+
+
+def main() -> None:
+    what, *arguments = sys.argv[1:]
+    found = _speed(*arguments) if what == "speed" else _inference_mb(*arguments)
+    sys.stdout.write(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""The aggregator over the in-memory broker: what it answers, refuses, settles and survives."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+import pytest
+from msgspec.structs import replace
+
+from services.aggregator.config import Settings
+from services.aggregator.service import Aggregator
+from shared import subjects
+from shared.bus import Link
+from shared.clock import SystemClock
+from shared.codec import decode, encode
+from shared.errors import Fenced
+from shared.log import ensure_streams
+from shared.memory_bus import MemoryBroker
+from shared.messages import (
+    JobAccepted,
+    JobsListed,
+    ListJobs,
+    Message,
+    Refused,
+    RoundOpened,
+    StopJob,
+    SubmitUpdate,
+    UpdateSettled,
+)
+from shared.runtime import Stop
+from tests.support.jobs import a_job, a_probe
+from tests.support.waiting import wait_until
+
+
+class Served:
+    """A running aggregator, and a client that hears what is settled."""
+
+    def __init__(self, aggregator: Aggregator, client: Link) -> None:
+        self.aggregator = aggregator
+        self.client = client
+        self.settled: list[UpdateSettled] = []
+
+    async def ask(self, message: Message) -> Message:
+        subject = {"StopJob": subjects.JOB_STOP, "ListJobs": subjects.JOB_LIST}.get(
+            type(message).__name__, subjects.JOB_SUBMIT
+        )
+        return decode(await self.client.request(subject, encode(message), timeout_s=5), Message)
+
+    def opened(self, job: str = "demo") -> RoundOpened:
+        opened = self.aggregator.jobs[job].open
+        assert opened is not None
+        return opened
+
+    async def send(self, update: SubmitUpdate, data: bytes | None = None) -> UpdateSettled:
+        """What becomes of one update; `data` instead of its own bytes."""
+        before = len(self.settled)
+        await self.client.publish(
+            subjects.update(update.key.job, update.key.device),
+            encode(update) if data is None else data,
+            {subjects.KEY_HEADER: update.key.text()},
+        )
+        await wait_until(lambda: len(self.settled) > before)
+        return self.settled[-1]
+
+
+@asynccontextmanager
+async def serving(broker: MemoryBroker) -> AsyncGenerator[Served, None]:
+    bus, client = broker.connect("aggregator"), broker.connect("client")
+    served = Served(Aggregator(bus, bus, Settings(), SystemClock()), client)
+    stop, ready = Stop(), asyncio.Event()
+
+    async def hear() -> None:
+        async with client.subscribe(subjects.ALL_SETTLED) as deliveries:
+            async for delivery in deliveries:
+                served.settled.append(decode(delivery.data, UpdateSettled))
+
+    hearing = asyncio.create_task(hear())
+    task = asyncio.create_task(served.aggregator.serve(stop, ready.set))
+    await ready.wait()
+    await asyncio.sleep(0)
+    try:
+        yield served
+    finally:
+        stop.set()
+        await task
+        hearing.cancel()
+        await asyncio.gather(hearing, return_exceptions=True)
+
+
+async def test_jobs_are_accepted_listed_refused_and_stopped() -> None:
+    async with serving(MemoryBroker()) as served:
+        assert isinstance(await served.ask(a_job()), JobAccepted)
+        again = await served.ask(a_job())
+        assert isinstance(again, Refused)
+        assert "exists already" in again.reason
+        listed = await served.ask(ListJobs())
+        assert isinstance(listed, JobsListed)
+        assert [(job.job, job.status) for job in listed.jobs] == [("demo", "running")]
+        assert isinstance(await served.ask(StopJob(job="demo")), JobAccepted)
+        listed = await served.ask(ListJobs())
+        assert isinstance(listed, JobsListed)
+        assert [(job.status, job.reason) for job in listed.jobs] == [("ended", "stopped")]
+        assert isinstance(await served.ask(StopJob(job="demo")), Refused)
+
+
+async def test_every_update_is_settled_whatever_it_is() -> None:
+    async with serving(MemoryBroker()) as served:
+        await served.ask(a_job(enough_devices=9))
+        update = a_probe(served.opened(), "a")
+        assert (await served.send(update)).outcome == "folded"
+        assert (await served.send(update)).outcome == "duplicate"
+        torn = await served.send(a_probe(served.opened(), "b"), data=b"\xc1 not MessagePack")
+        assert (torn.outcome, torn.key) == ("rejected", "demo.0.1.b.0")
+        stranger = await served.send(a_probe(served.opened(), "a"), data=encode(a_job()))
+        assert "a SubmitJob where it has no meaning" in stranger.reason
+        forged = a_probe(served.opened(), "c")
+        claimed = await served.send(a_probe(served.opened(), "d"), data=encode(forged))
+        assert "was sent on" in claimed.reason
+        unknown = replace(forged, key=replace(forged.key, job="nobody"))
+        assert "unknown" in (await served.send(unknown)).reason
+        assert served.aggregator.counters.get("messages_malformed") == 3
+
+
+async def test_one_update_that_cannot_be_handled_holds_up_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with serving(MemoryBroker()) as served:
+        await served.ask(a_job(enough_devices=9))
+        state = served.aggregator.jobs["demo"]
+        decide = state.decide_updates
+
+        def fails_on_poison(updates: list[SubmitUpdate]) -> object:
+            if any(update.key.device == "poison" for update in updates):
+                raise ZeroDivisionError
+            return decide(updates)
+
+        monkeypatch.setattr(state, "decide_updates", fails_on_poison)
+        opened = served.opened()
+        for name in ("poison", "a", "b"):
+            update = a_probe(opened, name)
+            await served.client.publish(subjects.update("demo", name), encode(update))
+        await wait_until(lambda: len(served.settled) >= 2)
+        assert {settled.key for settled in served.settled} == {"demo.0.1.a.0", "demo.0.1.b.0"}
+        assert served.aggregator.counters.get("messages_failed") >= 1
+
+
+async def test_a_second_aggregator_fences_the_first_off() -> None:
+    broker = MemoryBroker()
+    one, two = broker.connect("one"), broker.connect("two")
+    await ensure_streams(one)
+    first = Aggregator(one, one, Settings(), SystemClock())
+    second = Aggregator(two, two, Settings(), SystemClock())
+    await first.replay()
+    await second.replay()
+    assert isinstance(await second.answer(a_job("theirs")), JobAccepted)
+    with pytest.raises(Fenced, match="another aggregator writes to stream LOG"):
+        await first.answer(a_job("ours"))
