@@ -8,7 +8,7 @@ import typer
 from services.console import blob_commands, job_commands, listing, options
 from services.console.failure import EXIT_FAILURE, EXIT_USAGE, Usage, told
 from services.console.job_commands import LOCAL, console, talk
-from services.console.up import Plan, up
+from services.console.up import HOST, Plan, up
 from shared import logs
 from shared.errors import TransientError
 from shared.nats_bus import NatsBus
@@ -47,6 +47,13 @@ def up_command(
     port: Annotated[
         int, typer.Option(min=0, max=65535, help="The broker's port; 0: a free one.")
     ] = 4222,
+    host: Annotated[
+        str,
+        typer.Option(
+            help="Where the broker listens; 0.0.0.0 for devices elsewhere. Whoever reaches it can "
+            "take part: use it on a network you trust."
+        ),
+    ] = HOST,
     telemetry_port: Annotated[
         int, typer.Option(min=0, max=65535, help="Telemetry's port; 0: a free one.")
     ] = 9464,
@@ -69,7 +76,9 @@ def up_command(
         devices = _devices(device or [])
     except Usage as error:
         raise typer.Exit(told(error, EXIT_USAGE)) from error
-    plan = Plan(state_dir, port, telemetry_port, devices, heldout, tuple(models or []), engine)
+    plan = Plan(
+        state_dir, port, telemetry_port, devices, heldout, tuple(models or []), engine, host
+    )
 
     async def main(stop: Stop) -> None:
         await up(plan, stop, lambda text: console.print(text, highlight=False, soft_wrap=True))

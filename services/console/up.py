@@ -17,6 +17,7 @@ from shared.messages import ListDevices, ListJobs, Message
 from shared.runtime import Stop
 
 HOST = "127.0.0.1"
+EVERYWHERE = "0.0.0.0"  # noqa: S104 - only where the operator says so
 READY_S = 60.0
 
 
@@ -32,6 +33,8 @@ class Plan:
     heldout: Path | None = None
     models: tuple[Path, ...] = ()
     engine: str = "llama"
+    host: str = HOST
+    """Where the broker listens; devices elsewhere need more than this machine's own address."""
 
     def check(self) -> None:
         """Find what cannot work before anything is started.
@@ -84,17 +87,18 @@ async def up(plan: Plan, stop: Stop, say: Callable[[str], None]) -> None:
     """
     plan.check()
     plan.state_dir.mkdir(parents=True, exist_ok=True)
-    broker = BrokerProcess(plan.state_dir / "broker", host=HOST, port=plan.port)
+    broker = BrokerProcess(plan.state_dir / "broker", host=plan.host, port=plan.port)
     await broker.start()
+    url = f"nats://{HOST if plan.host == EVERYWHERE else plan.host}:{broker.port}"
     supervisor = Supervisor(plan.state_dir / "logs", stop, say)
     telemetry_port = plan.telemetry_port or free_port()
     try:
         async with asyncio.TaskGroup() as tasks:
             attendants = [
                 tasks.create_task(_keep_broker(broker, stop, say)),
-                tasks.create_task(_announce(plan, broker.url, telemetry_port, say)),
+                tasks.create_task(_announce(plan, url, telemetry_port, say)),
             ]
-            programs = plan.programs(broker.url, telemetry_port)
+            programs = plan.programs(url, telemetry_port)
             children = [tasks.create_task(supervisor.keep(program)) for program in programs]
             await stop.wait()
             say("stopping")

@@ -1,0 +1,1 @@
+"""The engine's child process and its async face. Knows no network, no rounds, no other device."""

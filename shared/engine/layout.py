@@ -31,16 +31,23 @@ class Batch:
     """(m,)"""
 
 
-def batches(examples: Sequence[Example], max_tokens: int, max_sequences: int) -> list[Batch]:
-    """`examples` in order, as many to a batch as fit; none may exceed `max_tokens`."""
+def batches(
+    examples: Sequence[Example], max_tokens: int, max_sequences: int, max_read: int
+) -> list[Batch]:
+    """`examples` in order, as many to a batch as fit.
+
+    None may exceed `max_tokens`; one that alone is read at more than `max_read` positions gets a
+    batch of its own.
+    """
     packed: list[Batch] = []
-    first = used = 0
+    first = used = read = 0
     for number, example in enumerate(examples):
-        length = len(example.tokens)
-        if number > first and (used + length > max_tokens or number - first == max_sequences):
+        used += len(example.tokens)
+        read += len(example.targets)
+        full = used > max_tokens or read > max_read or number - first == max_sequences
+        if full and number > first:
             packed.append(_batch(examples, first, number))
-            first, used = number, 0
-        used += length
+            first, used, read = number, len(example.tokens), len(example.targets)
     if len(examples) > first:
         packed.append(_batch(examples, first, len(examples)))
     return packed

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from shared.engine import scoring
 from shared.engine.examples import first_tokens
-from shared.engine.gguf_file import Header, LoraFile, Matrix, read_header
+from shared.engine.fitting import OUTPUT, check_fit, supported_header
+from shared.engine.gguf_file import Header, LoraFile, Matrix
 from shared.engine.layout import Batch, batches
 from shared.engine.model import Adaptation, Example, Losses, Sites
 from shared.engine.protocol import Facts
@@ -31,11 +32,11 @@ from shared.errors import EngineError
 native: Any = typed
 """Handles are opaque pointers, which llama_cpp's annotations call now int, now None."""
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3", "phi3")
-OUTPUT = "output.weight"
-
 _BATCH_TOKENS = 512
 _SEQUENCES = 64
+_LOGITS = 1 << 24
+"""Of one batch, unless one example alone has more: 64 MB."""
+
 _ERROR_LEVEL = 4
 _FINAL_STATE = b"result_norm"
 _MMAP_THRESHOLD = -3
@@ -61,7 +62,7 @@ class LlamaEngine:
         native.llama_backend_init()
 
     def inspect(self, path: str, words: list[str], template: str) -> Facts:
-        header = _supported(path)
+        header = supported_header(path)
         tokens: list[int] = []
         if words:
             model = _load(path, vocabulary_only=True)
@@ -87,13 +88,8 @@ class LlamaEngine:
         )
 
     def open(self, path: str, blocks: Adaptation, threads: int, max_tokens: int) -> "LlamaModel":
-        header = _supported(path)
-        _fit(path, header, blocks)
-        trained = int(header.number("context_length"))
-        if max_tokens > trained:
-            raise EngineError(
-                f"task: max_tokens {max_tokens} is beyond the {trained} of {path}; lower it"
-            )
+        header = supported_header(path)
+        check_fit(path, header, blocks, max_tokens)
         return LlamaModel(path, header, blocks, threads, max_tokens)
 
 
@@ -202,7 +198,8 @@ class LlamaModel(Vocabulary):
     def _lay_out(self, examples: Sequence[Example]) -> list[Batch]:
         """The batches of `examples`; those of the last call are kept."""
         if self._laid_out[0] is not examples:
-            laid_out = batches(examples, self._batch_tokens, _SEQUENCES)
+            most_read = max(_LOGITS // self.size, 1)
+            laid_out = batches(examples, self._batch_tokens, _SEQUENCES, most_read)
             self._laid_out = (examples, laid_out)
         return self._laid_out[1]
 
@@ -356,60 +353,6 @@ class _Control:
         if code:
             raise EngineError(f"llama.cpp cannot carry the control vector: {_reason()}")
         self._set = True
-
-
-def _supported(path: str) -> Header:
-    """The header of a model that llama.cpp and we can work with."""
-    header = read_header(path)
-    if header.architecture not in ARCHITECTURES:
-        raise EngineError(
-            f"{path}: unknown architecture {header.architecture or '(none)'}: "
-            f"supported are {', '.join(ARCHITECTURES)}"
-        )
-    return header
-
-
-def _fit(path: str, header: Header, blocks: Adaptation) -> None:
-    """Refuse blocks that the model has no place for."""
-    if blocks.architecture != header.architecture:
-        raise EngineError(
-            f"{path}: architecture {header.architecture}, the manifest is for "
-            f"{blocks.architecture}; use the job's model"
-        )
-    width, layers = int(header.number("embedding_length")), int(header.number("block_count"))
-    vocabulary = header.tensors.get("token_embd.weight", (0, 0))[1]
-    for block in blocks.blocks:
-        if block.kind == "control":
-            if block.shape != [width] or not 1 <= block.layer < layers:
-                raise EngineError(
-                    f"{path}: control of shape {block.shape} after layer {block.layer}: "
-                    f"needs shape [{width}] and a layer in 1..{layers - 1}"
-                )
-        elif block.kind == "output_rows":
-            if block.shape[1] != width or max(block.rows) >= vocabulary:
-                raise EngineError(
-                    f"{path}: output rows of shape {block.shape} up to {max(block.rows)}: "
-                    f"needs width {width} and rows below {vocabulary}"
-                )
-        else:
-            _fit_lora(path, header, block.tensor, [block.d_in, block.shape[0]])
-    kinds = {block.kind for block in blocks.blocks if block.tensor == OUTPUT}
-    if {"lora_b", "output_rows"} <= kinds:
-        raise EngineError(f"manifest: {OUTPUT} has both LoRA and output rows; choose one")
-    bent = [name for name in ("final_logit_softcapping", "logit_scale") if header.number(name)]
-    if bent and "output_rows" in {block.kind for block in blocks.blocks}:
-        raise EngineError(f"{path}: {bent[0]} bends the logits; adapt other blocks than rows")
-
-
-def _fit_lora(path: str, header: Header, tensor: str, shape: list[int]) -> None:
-    if tensor not in header.tensors:
-        mend = "use a GGUF with its own" if tensor == OUTPUT else "use the job's model, it has"
-        raise EngineError(f"{path}: no tensor {tensor}; {mend} {tensor}")
-    if list(header.tensors[tensor]) != shape or tensor == "token_embd.weight":
-        raise EngineError(
-            f"{path}: {tensor} has shape {list(header.tensors[tensor])}, the manifest's LoRA wants "
-            f"a matrix of {shape} (d_in, d_out)"
-        )
 
 
 def _load(path: str, *, vocabulary_only: bool = False) -> Any:
