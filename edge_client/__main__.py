@@ -17,7 +17,6 @@ from shared.nats_bus import Credentials, connect
 from shared.runtime import EXIT_CONFIG, Stop, run
 
 PING_INTERVAL_S = 120
-SECRETS = frozenset({"password", "token"})
 
 
 def main() -> int:
@@ -36,7 +35,7 @@ def main() -> int:
 
 async def _serve(settings: Settings, stop: Stop) -> None:
     log = logs.get("edge").bind(device=settings.device)
-    log.info("starting", settings=config.shown(settings, secret=SECRETS))
+    log.info("starting", settings=config.shown(settings))
     directory = Path(settings.state_dir) / "spool"
     spool = await asyncio.to_thread(Spool, directory, max_bytes=settings.max_spool_bytes)
     credentials = Credentials(

@@ -81,7 +81,9 @@ class BrokerProcess:
         text = config_text(self._store_dir, host=self.host, port=self.port or -1)
         config.write_text(text, encoding="utf-8")
         self._process = process = await asyncio.create_subprocess_exec(
-            str(binary), "--config", str(config), stderr=asyncio.subprocess.PIPE
+            *(str(binary), "--config", str(config)),
+            stderr=asyncio.subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C comes to us alone: the broker is stopped last
         )
         assert process.stderr is not None
         self._last_words = []

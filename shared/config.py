@@ -5,16 +5,20 @@ Later sources win: file, then `<PREFIX>_<FIELD>` variables, then `--field value`
 
 import argparse
 import os
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import msgspec
 
 from shared.errors import ConfigError
 
 Settings = TypeVar("Settings", bound=msgspec.Struct)
+
+SECRETS = frozenset({"password", "token"})
+_USER_INFO = re.compile(r"//[^/@]*@")
 
 
 def load(
@@ -64,12 +68,20 @@ def load(
         raise ConfigError(f"{program}: {error}") from error
 
 
-def shown(settings: msgspec.Struct, *, secret: frozenset[str] = frozenset()) -> dict[str, object]:
-    """The settings for the log, secrets left out."""
+def shown(settings: msgspec.Struct) -> dict[str, object]:
+    """The settings for the log, without secrets: those fields, and what stands in an address."""
     return {
-        key: "***" if key in secret and value else value
+        key: "***" if key in SECRETS and value else _without_secrets(value)
         for key, value in msgspec.structs.asdict(settings).items()
     }
+
+
+def _without_secrets(value: object) -> object:
+    if isinstance(value, str):
+        return _USER_INFO.sub("//***@", value)
+    if isinstance(value, (list, tuple)):
+        return [_without_secrets(one) for one in cast("Sequence[object]", value)]
+    return value
 
 
 def _from_file(path: str) -> Mapping[str, object]:

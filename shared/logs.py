@@ -33,4 +33,4 @@ def configure(program: str, *, level: str = "info", as_json: bool | None = None)
 
 def get(name: str) -> structlog.stdlib.BoundLogger:
     """The logger of one part of a process."""
-    return cast("structlog.stdlib.BoundLogger", structlog.get_logger(part=name))
+    return cast("structlog.stdlib.BoundLogger", structlog.get_logger(area=name))
