@@ -42,7 +42,6 @@ BEHIND_BAD_LINKS = (3, 5, 7)
 KILLED = 6
 KILLED_FOR_S = 5.0
 MODEL = ROOT / "deploy" / "demo" / "model" / "seedwire-demo-q8_0.gguf"
-BUILD = ROOT / "build"
 TUNING_LIMIT_S = 480.0
 CATCH_UP_S = 60.0
 
@@ -89,10 +88,10 @@ class Demo:
         return sum(link.bytes_down for link in self.links)
 
 
-async def run(labels: str, rounds: int) -> int:
+async def run(labels: str, rounds: int, build: Path) -> int:
     """The whole demo; the exit code says whether everything held."""
     console = Console()
-    folder = BUILD / "demo"
+    folder = build / "demo"
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "logs").mkdir(parents=True)
     demo = Demo(folder, console)
@@ -126,7 +125,7 @@ async def run(labels: str, rounds: int) -> int:
             for link in demo.links:
                 await link.stop()
     outcome.labels = labels
-    (BUILD / "demo.json").write_text(json.dumps(outcome.figures(), indent=2) + "\n")
+    (build / "demo.json").write_text(json.dumps(outcome.figures(), indent=2) + "\n")
     console.print(shown(outcome))
     problems = outcome.problems()
     for problem in problems:
@@ -153,6 +152,7 @@ async def tune(demo: Demo, url: str, rounds: int) -> Outcome:
     ledgers = sorted((demo.folder / "state").glob("*/**/ledger.jsonl"))
     verdict = await examine(url, JOB, ledgers)
     device_rounds = max(1, demo.rounds) * DEVICES
+    model_bytes = MODEL.stat().st_size * DEVICES
     return Outcome(
         accuracy_before=demo.accuracies[0],
         accuracy_after=demo.accuracies[-1],
@@ -162,7 +162,7 @@ async def tune(demo: Demo, url: str, rounds: int) -> Outcome:
         positions=demo.positions,
         verdict=verdict,
         bytes_up_per_device_round=demo.bytes_up / device_rounds,
-        bytes_down_per_device_round=demo.bytes_down / device_rounds,
+        bytes_down_per_device_round=(demo.bytes_down - model_bytes) / device_rounds,
         daemon_peak_rss_mb=max(child.peak_rss_mb for child in demo.devices),
         engine_peak_rss_mb=max(child.children_peak_rss_mb for child in demo.devices),
         link_cuts=sum(link.cuts for link in demo.links),
@@ -257,9 +257,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
     parser.add_argument("--labels", choices=["true", "shuffled"], default="true")
     parser.add_argument("--rounds", type=int, default=120)
+    parser.add_argument("--build", type=Path, default=ROOT / "build", help="where all of it goes")
     arguments = parser.parse_args()
     configure("demo", level="error")
-    return asyncio.run(run(arguments.labels, arguments.rounds))
+    return asyncio.run(run(arguments.labels, arguments.rounds, arguments.build))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ class Outcome:
     verdict: Verdict
     bytes_up_per_device_round: float
     bytes_down_per_device_round: float
+    """The model itself left out: each device fetches it once."""
     daemon_peak_rss_mb: float
     engine_peak_rss_mb: float
     link_cuts: int
@@ -98,7 +99,7 @@ def shown(outcome: Outcome) -> Table:
     same = "one, everywhere" if outcome.digests_equal else "DIFFERENT"
     table.add_row("adapter on devices and aggregator", "", same)
     table.add_row(
-        "a device and round sent / received",
+        "a device and round sent / received, the model aside",
         "",
         f"{outcome.bytes_up_per_device_round:.0f} / {outcome.bytes_down_per_device_round:.0f} B",
     )

@@ -52,8 +52,12 @@ class Job:
         self.has_output_rows = bool(len(rows))
         task = request.task
         self.model = engine.open(request.model, adaptation, request.threads, task.max_tokens)
-        if task.loss == "choices":
-            self.model.choose_among(choice_tokens(task, self.model))
+        try:
+            choices = choice_tokens(task, self.model) if task.loss == "choices" else []
+        except EngineError:
+            self.model.close()
+            raise
+        self.model.choose_among(choices)
         self._cache = last_layer.SiteCache()
         self._base: tuple[object, Losses] | None = None
 

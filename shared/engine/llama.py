@@ -2,8 +2,8 @@
 
 What is moved is rewritten whole: theta +- eps z goes into one LoRA that is loaded anew for each
 pass, not into a second one stacked on theta's with a scale of either sign. Measured: a reload takes
-1-2 ms at d = 1e5, where a second adapter costs up to 10 % of a pass (3 s for 2,048 tokens of a
-118 MB model, 0.15 s of llama-3m, where a reload takes 0.7 ms): rewriting is never slower.
+1-2 ms at d = 1e5, where a second adapter costs up to 10 % of a pass (0.75 s for 512 tokens of a
+118 MB model); either way llama.cpp plans its graph anew, about 10 ms. Rewriting was never slower.
 
 Every pass runs on one batch of sequences in a unified cache with flash attention, the fastest
 layout for short rows on a CPU, and is bit-identical when repeated. llama.cpp ends the process on a

@@ -44,7 +44,7 @@ _CHUNK_BYTES = 1 << 16
 _SET_DEATH_SIGNAL = 1
 
 
-class Worker:
+class Child:
     """Jobs by name, and what is done with them."""
 
     def __init__(self, engine: Engine) -> None:
@@ -124,10 +124,10 @@ def main() -> None:
     answers = os.dup(1)
     os.dup2(2, 1)  # what native code prints must not reach the pipe
     _die_with(arguments.parent)
-    worker = Worker(_engine(arguments.engine))
+    child = Child(_engine(arguments.engine))
     encoder = msgspec.msgpack.Encoder()
     for request in _requests():
-        data = memoryview(encoder.encode(worker.answer(request)))
+        data = memoryview(encoder.encode(child.answer(request)))
         while data:
             data = data[os.write(answers, data) :]
 

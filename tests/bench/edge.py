@@ -1,8 +1,9 @@
 """What tuning costs a device beyond running the model: speed and memory, on a 118 MB model.
 
 Baseline of the speeds: llama_decode alone, of the same batches of 512 tokens with the same logits
-read, in the same process, alternating with the probes. A probe's time is all of it: directions,
-rewritten adapters, decoding, losses. Baseline of the memory: a process that only decodes.
+read, in the same process, alternating with the probes. A probe's time is all of it: tokens,
+directions, rewritten adapters, decoding, losses. Times are the process's own CPU seconds, of one
+thread: other work on the machine does not count. Baseline of the memory: a process that decodes.
 """
 
 import json
@@ -37,7 +38,7 @@ SHAPE = tiny_gguf.Shape(
 )
 RANK = 8
 ROWS, TOKENS_A_ROW = 8, 64
-PAIRS = 6
+PAIRS, PROBES = 4, 3
 TASK = Task("choices", "{text} Answer:", {"0": " a", "1": " b"}, max_tokens=TOKENS_A_ROW)
 TIMEOUT_S = 600.0
 
@@ -107,7 +108,7 @@ def _opening(kind: str, model: str, data: str) -> OpenJob:
     )
 
 
-def _probing(digest: str, blocks: int, first: int, count: int = 1) -> Probe:
+def _probing(digest: str, blocks: int, first: int, count: int = PROBES) -> Probe:
     return Probe(
         job="bench",
         round=1,
@@ -132,14 +133,15 @@ def _speed(model: str, data: str, kind: str) -> tuple[float, float, float]:
     probe(job, _probing(digest, blocks, 0))
     seconds: list[tuple[float, float]] = []
     for pair in range(PAIRS):
-        began = time.perf_counter()
-        decode(batches)
-        decode(batches)
-        between = time.perf_counter()
-        probe(job, _probing(digest, blocks, pair))  # two passes: S0 is known since the first
-        seconds.append((between - began, time.perf_counter() - between))
-    plain = statistics.median(2 * tokens / one for one, _ in seconds)
-    probing = statistics.median(2 * tokens / other for _, other in seconds)
+        began = time.process_time()
+        for _ in range(2 * PROBES):
+            decode(batches)
+        between = time.process_time()
+        probe(job, _probing(digest, blocks, pair * PROBES))  # two passes each: S0 is known
+        seconds.append((between - began, time.process_time() - between))
+    sent = 2 * PROBES * tokens
+    plain = statistics.median(sent / one for one, _ in seconds)
+    probing = statistics.median(sent / other for _, other in seconds)
     return probing, plain, statistics.median(one / other for one, other in seconds)
 
 
