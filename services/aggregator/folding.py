@@ -3,6 +3,7 @@
 Decides and changes nothing: what it finds is logged, and only then evolved.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Literal
 
@@ -58,6 +59,7 @@ class Folding:
         self._batch = Batch(opened.directions if opened else 0)
         self._late: list[Term] = []
         self._evaluations: list[EvaluationSums] = []
+        self._late_weight: Counter[int] = Counter()
         self._loss = 0
         self._loss_weight = 0
 
@@ -155,7 +157,10 @@ class Folding:
         pooling.check(result, record.opened.directions)
         if record.frozen is None:
             raise StaleMessage(f"round {update.key.round} was closed without a commit")
-        values = late_coefficients(record.frozen, result, rounds_late)
+        key = update.key.round
+        self._late_weight[key] += width(result.ranges) * result.weight
+        already = record.late_weight + self._late_weight[key]
+        values = late_coefficients(record.frozen, result, rounds_late, already)
         self._late.append(
             term(record.frozen.stream_round, record.frozen.scope, list(result.ranges), values)
         )

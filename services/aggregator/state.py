@@ -350,7 +350,9 @@ class JobState:
             self.unlogged += [(sequence, sums) for sums in event.evaluations]
         for row in event.updates:
             if row.round in self.rounds:
-                self.rounds[row.round].seen.add((row.device, row.part))
+                record = self.rounds[row.round]
+                record.seen.add((row.device, row.part))
+                record.late_weight += row.weight * row.probes * (row.outcome == "late")
             if row.kind == "probe" and event.round in self.rounds:
                 contribute(self.rounds[event.round].contributions, row)
         if self.open is None or event.round != self.open.round:

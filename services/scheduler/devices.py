@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from shared.messages import DeviceReport, UpdateKey
 
+ANSWER_S = 3.0
+"""A device that has not answered a call for so long is not called again before it is heard."""
+
 
 @dataclass(slots=True)
 class Device:
@@ -19,9 +22,15 @@ class Device:
     kind: str = ""
     until: float = 0.0
     """When the work in its hand is no longer waited for."""
+    called_at: float | None = None
+    """When it was called; None if it has been heard since."""
 
     def works(self, now: float) -> bool:
         return self.key is not None and now < self.until
+
+    def present(self, now: float) -> bool:
+        """Whether it has answered its last call, or still may."""
+        return self.called_at is None or now < self.called_at + ANSWER_S
 
     def heard(self, report: DeviceReport, now: float) -> None:
         """It has said what it is and has."""

@@ -3,7 +3,7 @@
 Pure: what it decides follows from its arguments.
 """
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from math import ceil, inf
 
@@ -13,7 +13,7 @@ from services.scheduler.cost_model import Paces
 from services.scheduler.devices import Device, evaluates
 from services.scheduler.offers import Offer, Selection
 from services.scheduler.rewards import Rewards
-from services.scheduler.rounds import OpenRound
+from services.scheduler.rounds import OPENING, REPLACEMENTS, OpenRound
 from shared.messages import (
     AdapterEvaluated,
     DeviceReport,
@@ -51,8 +51,6 @@ class Job:
         self.spec = opened.spec
         self.bandit = Bandit()
         self.paces = Paces()
-        self.rounds: Counter[str] = Counter()
-        """To how many rounds each device has contributed."""
         self.open: OpenRound | None = None
         self._allowed = frozenset(opened.spec.allow_devices)
         self._closed: dict[int, OpenRound] = {}
@@ -110,7 +108,6 @@ class Job:
                 rewards[name] = 0.0
         for name, reward in rewards.items():
             self.bandit.play(name, reward)
-        self.rounds.update(each.device for each in event.contributions)
         self._recent.append([each.device for each in event.contributions])
 
     def speeds(self, report: DeviceReport) -> None:
@@ -160,13 +157,20 @@ class Job:
         opened = self.open
         if opened is None or not (wave := opened.wave_due(now)):
             return None
-        live = [each for each in devices if each.seen >= live_after]
+        live = [each for each in devices if each.seen >= live_after and each.present(now)]
         probers, wanted = dict[str, float](), 0
-        if opened.opened.kind == "tune" and wave == 1:
+        if opened.opened.kind == "tune" and wave == OPENING:
             able = {each.name for each in live if self._probes(each)}
             ranked = self.bandit.ranked(able | self._unreported(devices), tie)
             wanted = self._wanted(opened, [name for name, _ in ranked])
             probers = dict(ranked[:wanted])
+        elif opened.opened.kind == "tune" and wave == REPLACEMENTS:
+            able = {
+                each.name
+                for each in live
+                if self._probes(each) and not each.works(now) and each.name not in opened.chosen
+            }
+            probers = dict(self.bandit.ranked(able, tie)[: opened.missing])
         elif opened.opened.kind == "tune":
             able = {each.name for each in live if self._probes(each) and not each.works(now)}
             ranked = self.bandit.ranked(able, tie)

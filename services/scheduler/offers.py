@@ -8,7 +8,7 @@ from shared.messages import EvaluateWork, ProbeWork
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Who is called for a round. `wave` 1: as it opens; 2: at half its deadline, if still open."""
+    """Who is called for a round; `rounds` names the waves."""
 
     job: str
     round: int

@@ -19,8 +19,13 @@ from shared.messages import (
     WorkAssigned,
 )
 
+OPENING, REPLACEMENTS, SECOND = 1, 2, 3
+"""Waves of calls: as the round opens; for those called that do not come; at half its deadline."""
+
 GRACE_SHARE = 0.1
 """For this part of the deadline the places of devices that were called are held for them."""
+GRACE_S = 3.0
+"""But no longer than this."""
 
 
 @dataclass(slots=True)
@@ -73,10 +78,10 @@ class OpenRound:
         self.evaluators.update(selection.evaluators)
         self._missing = set(selection.probers)
         self._missing_evaluators = set(selection.evaluators)
-        if selection.wave == 1:
+        if selection.wave == OPENING:
             self.wanted = selection.wanted
             self.share = self._share(self.goal, self.wanted)
-        else:
+        elif selection.wave == SECOND:
             self.assigned = self.folded
             self._pending.clear()
             self.share = self._share(self.goal - self.folded, len(selection.probers))
@@ -147,9 +152,17 @@ class OpenRound:
     def wave_due(self, now: float) -> int:
         """Which wave of calls should go out now; 0: none."""
         if self.wave == 0:
-            return 1
-        late = now >= self.opened_at + self.opened.deadline_s / 2
-        return 2 if self.wave == 1 and late else 0
+            return OPENING
+        age = now - self.opened_at
+        if self.wave < SECOND and age >= self.opened.deadline_s / 2:
+            return SECOND
+        absent = self._missing or self._missing_evaluators
+        return REPLACEMENTS if self.wave == OPENING and absent and age >= self._grace_s else 0
+
+    @property
+    def missing(self) -> int:
+        """How many of the last wave's devices have not been given probes."""
+        return len(self._missing)
 
     def next_part(self, device: str, last: UpdateKey | None) -> int:
         """A part that this device was never given, by our own record and by its."""
@@ -236,7 +249,11 @@ class OpenRound:
         return "came while the round has room"
 
     def _holds(self, now: float) -> bool:
-        return self.wave == 1 and now < self.opened_at + GRACE_SHARE * self.opened.deadline_s
+        return self.wave == OPENING and now < self.opened_at + self._grace_s
+
+    @property
+    def _grace_s(self) -> float:
+        return min(GRACE_S, GRACE_SHARE * self.opened.deadline_s)
 
     def _has_room(self, now: float) -> bool:
         held = len(self._missing) if self._holds(now) else 0

@@ -4,6 +4,7 @@ Pure: time and the seed are arguments. No answer costs more for a larger fleet; 
 the opening of a round looks at every device.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from heapq import nlargest
 from math import inf
@@ -24,6 +25,7 @@ from shared.messages import (
     JobOpened,
     ProbeWork,
     RequestWork,
+    RoundReport,
     UpdateKey,
     WorkAssigned,
 )
@@ -58,6 +60,8 @@ class State:
         self._idle_comeback_s = idle_comeback_s
         self._live_s = LIVE_REPORTS * max(idle_comeback_s, REPORT_EVERY_S)
         self._seed = seed
+        self._rounds: Counter[str] = Counter()
+        """To how many rounds of any job each device has contributed."""
 
     # ---- evolve
 
@@ -74,7 +78,11 @@ class State:
                 self._evolve_request(fact, now)
             case WorkAssigned():
                 self._evolve_assigned(fact, now)
+            case Selection():
+                self._evolve_selection(fact, now)
             case _:
+                if isinstance(fact, RoundReport):
+                    self._rounds.update(each.device for each in fact.contributions)
                 if (job := self.jobs.get(fact.job)) is not None:
                     job.evolve(fact, now)
 
@@ -148,6 +156,13 @@ class State:
                 kind = "probe" if refused.opened.kind == "tune" else "evaluate"
             refused.declined(device.name, kind)
 
+    def _evolve_selection(self, selection: Selection, now: float) -> None:
+        for name in self.called(selection, now):
+            if (device := self.devices.get(name)) is not None and device.called_at is None:
+                device.called_at = now
+        if (job := self.jobs.get(selection.job)) is not None:
+            job.evolve(selection, now)
+
     def _evolve_assigned(self, assigned: WorkAssigned, now: float) -> None:
         key = assigned.key
         device = self._device(key.device, now)
@@ -166,7 +181,7 @@ class State:
 
     def _device(self, name: str, now: float) -> Device:
         device = self.devices.setdefault(name, Device(name, now))
-        device.seen = now
+        device.seen, device.called_at = now, None
         return device
 
     def _works(self, name: str, now: float) -> bool:
@@ -190,7 +205,7 @@ class State:
             doing=f"{device.kind} round {key.round} part {key.part}" if key and working else "",
             rows=report.rows if report else 0,
             tokens_per_s=device.tokens_per_s,
-            rounds=sum(each.rounds[device.name] for each in self.jobs.values()),
+            rounds=self._rounds[device.name],
             reward=running.bandit.arm(device.name).mean if running else 0.0,
             problem=report.problem[:200] if report else "has not reported yet",
         )

@@ -88,8 +88,8 @@ class Commit(Record, frozen=True):
 class Frozen(Record, frozen=True):
     """What a round's close fixed for those who come late.
 
-    A late update's coefficient is round(w * step * clipped slope * weight / normaliser), with
-    w = 1 / (1 + rounds late).
+    A late update's coefficient is round(w * step * clipped slope * weight / (normaliser + late)),
+    with w = 1 / (1 + rounds late) and `late` the weight of all latecomers up to and with it.
     """
 
     round: Round

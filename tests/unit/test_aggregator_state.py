@@ -222,8 +222,25 @@ def test_a_late_update_is_a_discounted_term_of_the_next_close() -> None:
     slopes = np.frombuffer(latecomer.result.differences, "<i4") * 2.0**-20 / (2 * first.eps * 4)
     frozen = first_close.frozen
     held = np.clip(slopes, -frozen.clip, frozen.clip)
-    expected = -frozen.step * held * 4 / frozen.normaliser / 2 * 2**24
+    expected = -frozen.step * held * 4 / (frozen.normaliser + 8 * 4) / 2 * 2**24
     assert np.allclose(coefficients(late), np.rint(expected), atol=1)
+
+
+def test_latecomers_of_a_round_that_closed_with_little_add_no_more_than_a_few_steps() -> None:
+    run = Run(a_job(rounds=3))
+    first = run.opened
+    run.send(a_probe(first, "small", weight=1))
+    run.overdue()
+    crowd = [a_probe(first, f"d{number}", weight=100) for number in range(50)]
+    run.send(*crowd[:25])
+    run.send(*crowd[25:])
+    run.send(a_probe(run.opened, "a"), a_probe(run.opened, "b", first=8))
+    frozen, commit = run.closes()[0].frozen, run.closes()[1].commit
+    assert frozen is not None
+    assert commit is not None
+    late = coefficients(commit.terms[1])
+    whole_step = frozen.step * frozen.clip * 2**24 / 8  # every slope at the clip, all of the mean
+    assert np.abs(late).max() <= np.log(51) * whole_step
 
 
 def test_past_the_lateness_bound_an_update_is_settled_without_effect() -> None:

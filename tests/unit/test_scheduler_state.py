@@ -205,6 +205,25 @@ def test_places_of_called_devices_that_do_not_come_go_to_others() -> None:
     assert sum(isinstance(answer, WorkAssigned) for answer in taken) >= 3
 
 
+def test_who_does_not_answer_is_replaced_at_once_and_not_called_again_before_it_is_heard() -> None:
+    fleet = Fleet(a_job(), *(a_report(f"d{number}", probe_s=0.5) for number in range(6)))
+    fleet.evolve(a_round())
+    called = set(fleet.call())
+    assert len(called) == 3
+    fleet.works(min(called))
+    gone = called - {min(called)}
+    fleet.now = 4.0
+    replacements = set(fleet.call())
+    assert len(replacements) == len(gone)
+    assert not replacements & called
+    for name in replacements:
+        fleet.works(name)
+    fleet.evolve(a_close(), a_round(2, devices=6))
+    assert not gone & set(fleet.call())
+    fleet.evolve(*(a_report(name) for name in gone), a_close(2), a_round(3, devices=6))
+    assert gone <= set(fleet.call())
+
+
 def test_work_fits_a_safe_share_of_what_is_left() -> None:
     fleet = a_fleet(opened=a_round(devices=1, probes=64), size=2, probe_s=1.0)
     fleet.now = 20.0

@@ -9,6 +9,7 @@ the spread is their root mean square; a slope is held within `clip` times it.
 from dataclasses import dataclass
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from services.aggregator.pooling import QUANTUM, Pool
@@ -44,12 +45,20 @@ def close(pool: Pool, tuning: Tuning, opened: RoundOpened) -> Closing:
     return Closing(_coefficients(frozen, slopes, weights, 1.0), frozen)
 
 
-def late(frozen: Frozen, result: ProbeResult, rounds_late: int) -> NDArray[np.int64]:
-    """Coefficients of an update that missed its close: (n,) int64, in the order of its ranges."""
+def late(
+    frozen: Frozen, result: ProbeResult, rounds_late: int, late_weight: int
+) -> NDArray[np.int64]:
+    """Coefficients of an update that missed its close: (n,) int64, in the order of its ranges.
+
+    `late_weight` is what the round's latecomers, this one included, add to its sum of weights. It
+    belongs in the mean: a round that closed with little must not lend its latecomers more than a
+    round's step.
+    """
     scale = QUANTUM / (2 * frozen.eps * max(1, result.weight))
     slopes = np.frombuffer(result.differences, "<i4") * scale
     weights = np.full(len(slopes), result.weight, np.int64)
-    return _coefficients(frozen, slopes, weights, 1 / (1 + rounds_late))
+    mean = replace(frozen, normaliser=frozen.normaliser + late_weight)
+    return _coefficients(mean, slopes, weights, 1 / (1 + rounds_late))
 
 
 def _coefficients(
