@@ -1,4 +1,4 @@
-"""What tuning costs a device beyond running the model: speed and memory, on a 118 MB model.
+"""What tuning costs a device: speed and memory beside running a 118 MB model, and the daemon's own.
 
 Baseline of the speeds: llama_decode alone, of the same batches of 512 tokens with the same logits
 read, in the same process, alternating with the probes. A probe's time is all of it: tokens,
@@ -6,6 +6,7 @@ directions, rewritten adapters, decoding, losses. Times are the process's own CP
 thread: other work on the machine does not count. Baseline of the memory: a process that decodes.
 """
 
+import asyncio
 import json
 import statistics
 import subprocess
@@ -19,7 +20,9 @@ from typing import Any
 import numpy as np
 from llama_cpp import llama_cpp as typed
 
+from deploy.demo.processes import Child
 from shared import adapter
+from shared.broker import start_broker
 from shared.codec import encode_manifest
 from shared.engine import layout
 from shared.engine.job import Job
@@ -55,9 +58,11 @@ async def figures() -> list[Figure]:
         ]
         training = await _training_mb(model, str(data))
         inference = float(_in_a_process("inference", model))
+        agent, bare = await _agent_rss_mb(Path(folder), data)
     return [
         *found,
         Figure("edge.memory_ratio", training / inference, "ratio", 1.0, target=1.1),
+        Figure("edge.agent_rss_mb", agent, "MB", bare, target=60),
         Figure("edge.training_peak_mb", training, "MB", inference),
     ]
 
@@ -204,6 +209,23 @@ async def _training_mb(model: str, data: str) -> float:
     await engine.ask(Evaluate(job="bench", digest=moved.digest), timeout_s=TIMEOUT_S)
     await engine.close()
     return engine.peak_rss_mb
+
+
+async def _agent_rss_mb(folder: Path, data: Path) -> tuple[float, float]:
+    """Peak memory of a connected daemon without work, and of a bare NATS client, MB."""
+    async with start_broker(folder / "nats") as broker:
+        at = ["--servers", broker.url, "--state-dir", str(folder / "state")]
+        daemon = Child(
+            "agent", "edge_client", ["--device", "agent", *at, "--data", str(data)], folder / "log"
+        )
+        bare = Child("bare", "deploy.demo.outsider", [broker.url], folder / "log")
+        for child in (daemon, bare):
+            await child.start()
+        await asyncio.sleep(10)
+        for child in (daemon, bare):
+            child.measure()
+            await child.stop()
+    return daemon.peak_rss_mb, bare.peak_rss_mb
 
 
 def main() -> None:
