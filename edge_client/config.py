@@ -4,9 +4,10 @@ import os
 import platform
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
 from shared import subjects
 from shared.errors import ConfigError
@@ -17,30 +18,89 @@ PREFIX = "SEEDWIRE_EDGE"
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """The daemon that measures for Seedwire on one device; private data never leaves it."""
 
-    device: str = ""
-    """What the device is called: one subject token; empty: made from the host's name."""
-    servers: tuple[str, ...] = ("nats://127.0.0.1:4222",)
-    user: str = ""
-    password: str = ""
-    token: str = ""
-    creds_file: str = ""
-    ca_file: str = ""
-    data: str = ""
-    """JSONL rows to tune on; may be empty on a device that only evaluates."""
-    heldout: str = ""
-    """JSONL rows to evaluate on; used only where `trusted`."""
-    trusted: bool = False
-    state_dir: str = ""
-    """Spool, downloaded models, caches; empty: under the user's XDG state directory."""
-    models: list[str] = []
-    """GGUF files, or directories of them, that the device has already."""
-    threads: int = 1
-    engine: Literal["llama", "fake"] = "llama"
-    max_spool_bytes: int = 64 * 1024 * 1024
-    report_every_s: float = 900.0
-    work_timeout_s: float = 3600.0
-    """An engine that is silent for longer is ended."""
-    log_level: str = "info"
+    device: Annotated[
+        str,
+        Meta(
+            description="The device's name in the fleet: 1 to 64 of A-Z a-z 0-9 _ -; "
+            "if not set, this host's name."
+        ),
+    ] = ""
+    servers: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="Addresses of the broker, nats:// or tls://; more than one for a cluster."
+        ),
+    ] = ("nats://127.0.0.1:4222",)
+    user: Annotated[
+        str, Meta(description="The user to log in to the broker as, with password.")
+    ] = ""
+    password: Annotated[
+        str, Meta(description="That user's password; safer in the environment than here.")
+    ] = ""
+    token: Annotated[
+        str, Meta(description="A token to log in with, instead of user and password.")
+    ] = ""
+    creds_file: Annotated[
+        str, Meta(description="A NATS credentials file (.creds) to log in with.")
+    ] = ""
+    ca_file: Annotated[
+        str,
+        Meta(
+            description="A PEM file of the authorities that vouch for the broker's certificate; "
+            "if not set, the system's."
+        ),
+    ] = ""
+    data: Annotated[
+        str,
+        Meta(
+            description="A JSONL file of private rows to tune on; "
+            "left out on a device that only evaluates."
+        ),
+    ] = ""
+    heldout: Annotated[
+        str,
+        Meta(description="A JSONL file of rows to evaluate the adapter on; belongs to trusted."),
+    ] = ""
+    trusted: Annotated[
+        bool,
+        Meta(description="Whether this device evaluates for the fleet; it then needs heldout."),
+    ] = False
+    state_dir: Annotated[
+        str,
+        Meta(
+            description="The directory of the spool, fetched models and caches, one for each "
+            "device; if not set, ~/.local/state/seedwire/<device>."
+        ),
+    ] = ""
+    models: Annotated[
+        list[str],
+        Meta(
+            description="GGUF files, or directories of them, that the device has already; "
+            "what is not among them is fetched."
+        ),
+    ] = []
+    threads: Annotated[int, Meta(description="Threads that the engine computes with.")] = 1
+    engine: Annotated[
+        Literal["llama", "fake"],
+        Meta(description="What runs the model: llama.cpp, or a fake one for trials without it."),
+    ] = "llama"
+    max_spool_bytes: Annotated[
+        int,
+        Meta(
+            description="Bytes of disk for updates that are not settled yet; "
+            "the oldest make room for new ones."
+        ),
+    ] = 64 * 1024 * 1024
+    report_every_s: Annotated[
+        float, Meta(description="Seconds between two reports when nothing has changed.")
+    ] = 900.0
+    work_timeout_s: Annotated[
+        float,
+        Meta(description="Seconds after which an engine that does not answer is ended."),
+    ] = 3600.0
+    log_level: Annotated[
+        str, Meta(description="What is logged, on stderr: debug, info, warning or error.")
+    ] = "info"
 
     @property
     def evaluates(self) -> bool:
@@ -61,18 +121,35 @@ def completed(settings: Settings) -> Settings:
     device = settings.device or re.sub(r"[^A-Za-z0-9_-]", "-", platform.node())[:64] or "device"
     if not subjects.NAME.match(device):
         raise ConfigError(f"device {device!r}: use 1 to 64 of A-Z a-z 0-9 _ -")
+    if settings.trusted and not settings.heldout:
+        raise ConfigError("a trusted device needs rows to evaluate on: set heldout too")
+    if settings.heldout and not settings.trusted:
+        raise ConfigError("heldout is for trusted devices: set trusted too, or leave heldout out")
     if not settings.kinds:
         raise ConfigError("nothing to do: set data, or trusted and heldout")
     for name in ("data", "heldout"):
-        path = getattr(settings, name)
-        if path and not os.access(path, os.R_OK):
-            raise ConfigError(f"{name}: {path} cannot be read; name a JSONL file")
+        if path := getattr(settings, name):
+            _check_rows(name, path)
+    for path in settings.models:
+        if not os.access(Path(path).expanduser(), os.R_OK):
+            raise ConfigError(
+                f"models: {path} cannot be read; name a GGUF file, or a directory of them"
+            )
     for name in ("threads", "max_spool_bytes", "report_every_s", "work_timeout_s"):
         if getattr(settings, name) <= 0:
             raise ConfigError(f"{name} must be more than 0")
     return msgspec.structs.replace(
         settings, device=device, state_dir=settings.state_dir or str(_state_home() / device)
     )
+
+
+def _check_rows(name: str, path: str) -> None:
+    if not os.access(path, os.R_OK):
+        raise ConfigError(f"{name}: {path} cannot be read; name a JSONL file")
+    if os.path.isdir(path):
+        raise ConfigError(f"{name}: {path} is a directory; name a JSONL file")
+    if not os.path.getsize(path):
+        raise ConfigError(f"{name}: {path} is empty; name a JSONL file that holds rows")
 
 
 def _state_home() -> Path:

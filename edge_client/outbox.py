@@ -72,10 +72,11 @@ class Outbox:
 
     async def send(self, key: str) -> None:
         """`key` has been handed to the broker if there is a link; else it stays due."""
-        if key not in self._spool or not self._bus.connected:
+        if not self._bus.connected:
             return
-        data = await asyncio.to_thread(self._spool.read, key)
-        if data is None:
+        data = await asyncio.to_thread(self._spool.read, key) if key in self._spool else None
+        if data is None:  # settled or dropped meanwhile, or its file is gone
+            self._resends.forget(key)
             return
         subject = subjects.update(self._spool.job(key), self._device)
         try:

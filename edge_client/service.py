@@ -24,13 +24,14 @@ from shared.clock import SystemClock, jittered
 from shared.codec import decode, encode
 from shared.errors import RejectError, TransientError
 from shared.logs import get
-from shared.messages import UpdateKey, WakeUp
+from shared.messages import STOPPED, UpdateKey, WakeUp
 from shared.metrics import Counters
 from shared.runtime import Stop
 
 FINISH_S = 10.0
 """How long a drain waits for work in hand before it is abandoned."""
-FAREWELL_S = 2.0
+FAREWELL_S = 1.0
+"""How long a drain tries to tell the scheduler not to count on this device."""
 RETRY_S = 120.0
 """So long a job that was given up counts as a problem; then the scheduler may try again."""
 ENDED_SPREAD_S = 2.0
@@ -117,6 +118,7 @@ class Edge:
                     group.create_task(self._indexing()),
                 ]
                 await stop.wait()
+                self._about.problem("device", STOPPED)
                 for following in self._followings.values():
                     following.stop()
                 if self._working.in_hand:
@@ -126,6 +128,7 @@ class Edge:
                     task.cancel()
         try:
             async with asyncio.timeout(FAREWELL_S):
+                await self._report()
                 await self._bus.flush()
         except (TimeoutError, TransientError) as error:
             log.warning("farewell_not_heard", why=str(error) or "no answer")

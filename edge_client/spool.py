@@ -80,7 +80,6 @@ class Spool:
         data = encode(update)
         path = self._path(key)
         try:
-            dropped = self._make_room(len(data))
             self._write(path, data)
             try:
                 self.ledger.spooled(update)
@@ -92,7 +91,7 @@ class Spool:
                 f"spool full: free space at {self._directory} ({error.strerror})", delay_s=5.0
             ) from error
         self._held[key] = Held(key, update.key.job, len(data))
-        return dropped
+        return self._make_room(key)
 
     def read(self, key: str) -> bytes | None:
         """The encoded update, as it is sent; None where it was settled meanwhile."""
@@ -135,14 +134,17 @@ class Spool:
             raise
         _sync(self._directory)
 
-    def _make_room(self, size_bytes: int) -> list[str]:
-        """Drop the oldest until `size_bytes` more fit."""
+    def _make_room(self, newest: str) -> list[str]:
+        """Drop the oldest but `newest`, which is safe by now, until the rest fit."""
         dropped: list[str] = []
         total = sum(held.size_bytes for held in self._held.values())
         for key, held in list(self._held.items()):
-            if total + size_bytes <= self._max_bytes:
+            if total <= self._max_bytes or key == newest:
                 break
-            self.ledger.superseded(key)
+            try:
+                self.ledger.superseded(key)
+            except OSError:
+                break
             self._remove(key)
             total -= held.size_bytes
             dropped.append(key)

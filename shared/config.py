@@ -1,17 +1,20 @@
 """Settings of a process: one frozen Struct, from a TOML file, the environment and the command line.
 
 Later sources win: file, then `<PREFIX>_<FIELD>` variables, then `--field value`. Unknown keys fail.
+What `--help` says of a field is the `description` of its msgspec Meta.
 """
 
 import argparse
+import json
 import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin
 
 import msgspec
+from msgspec.structs import FieldInfo
 
 from shared.errors import ConfigError
 
@@ -34,36 +37,29 @@ def load(
     Raises:
         ConfigError: an unreadable file, an unknown key, or a value of the wrong form; names it.
     """
-    fields = msgspec.structs.fields(kind)
+    known = {field.name: field for field in msgspec.structs.fields(kind)}
     parser = argparse.ArgumentParser(prog=program, description=(kind.__doc__ or "").split("\n")[0])
-    parser.add_argument("--config", metavar="FILE", help="a TOML file of the settings below")
-    for field in fields:
-        option = "--" + field.name.replace("_", "-")
-        default = "" if field.default is msgspec.NODEFAULT else f" (default: {field.default!r})"
-        listed = field.type in (list[str], tuple[str, ...])
-        parser.add_argument(
-            option,
-            dest=field.name,
-            default=None,
-            metavar="VALUE",
-            nargs="+" if listed else None,
-            help=f"or {prefix}_{field.name.upper()}{default}",
-        )
+    parser.add_argument("--config", metavar="FILE", help="A TOML file of the settings below.")
+    for field in known.values():
+        _add_option(parser, field, _variable(prefix, field.name))
     arguments = vars(parser.parse_args(list(argv)))
     path = arguments.pop("config")
-    merged: dict[str, object] = dict(_from_file(path)) if path else {}
+    given: dict[str, tuple[str, object]] = {}  # by setting: what names the source, and the value
+    for name, value in (_from_file(path) if path else {}).items():
+        given[name] = (f"{path}: {name}", value)
     environ = os.environ if environ is None else environ
-    known = {field.name: field for field in fields}
-    for name, value in environ.items():
-        if name.startswith(prefix + "_") and (key := name[len(prefix) + 1 :].lower()) in known:
-            listed = known[key].type in (list[str], tuple[str, ...])
-            merged[key] = value.split(",") if listed else value
-    merged.update({key: value for key, value in arguments.items() if value is not None})
-    unknown = merged.keys() - known.keys()
+    for name, field in known.items():
+        if (text := environ.get(variable := _variable(prefix, name))) is not None:
+            given[name] = (variable, text.split(",") if _is_list(field) else text)
+    given |= {
+        name: (_option(name), value) for name, value in arguments.items() if value is not None
+    }
+    unknown = given.keys() - known.keys()
     if unknown:
         raise ConfigError(f"{path}: unknown settings {sorted(unknown)}; known: {sorted(known)}")
+    values = {name: _converted(known[name], *given[name]) for name in given}
     try:
-        return msgspec.convert(merged, kind, strict=False)
+        return msgspec.convert(values, kind)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{program}: {error}") from error
 
@@ -74,6 +70,70 @@ def shown(settings: msgspec.Struct) -> dict[str, object]:
         key: "***" if key in SECRETS and value else _without_secrets(value)
         for key, value in msgspec.structs.asdict(settings).items()
     }
+
+
+def _variable(prefix: str, name: str) -> str:
+    return f"{prefix}_{name.upper()}"
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _add_option(parser: argparse.ArgumentParser, field: FieldInfo, variable: str) -> None:
+    """`parser` knows the option of a field, with its description, default and variable."""
+    bare, described = _described(field.type)
+    form: dict[str, Any] = {"metavar": "VALUE"}
+    if _is_list(field):
+        form["nargs"] = "+"
+    elif bare is bool:
+        form = {"metavar": "true|false", "nargs": "?", "const": "true"}
+    elif get_origin(bare) is Literal:
+        form["metavar"] = "|".join(map(str, get_args(bare)))
+    default = field.default
+    if isinstance(default, tuple):
+        default = " ".join(map(str, cast("tuple[object, ...]", default)))
+    elif isinstance(default, bool):
+        default = str(default).lower()
+    shown = default not in ("", msgspec.NODEFAULT)
+    notes = f"[{f'default: {default}; ' if shown else ''}{variable}]"
+    text = f"{described} {notes}".strip().replace("%", "%%")
+    parser.add_argument(_option(field.name), dest=field.name, default=None, help=text, **form)
+
+
+def _described(kind: Any) -> tuple[Any, str]:
+    """A type without its annotations, and the description that stands among them."""
+    if get_origin(kind) is not Annotated:
+        return kind, ""
+    bare, *notes = get_args(kind)
+    texts = [note.description for note in notes if isinstance(note, msgspec.Meta)]
+    return bare, " ".join(filter(None, texts))
+
+
+def _is_list(field: FieldInfo) -> bool:
+    return get_origin(_described(field.type)[0]) in (list, tuple)
+
+
+def _converted(field: FieldInfo, source: str, value: object) -> object:
+    """What `source` says, as the field's type; a plain string is a list of one.
+
+    Raises:
+        ConfigError: it is of the wrong form; names the source and, but for a secret, the value.
+    """
+    if isinstance(value, str) and _is_list(field):
+        value = [value]
+    try:
+        return msgspec.convert(value, field.type, strict=False)
+    except msgspec.ValidationError as error:
+        bare, _ = _described(field.type)
+        if get_origin(bare) is Literal:
+            why = f"Expected {' or '.join(map(str, get_args(bare)))}"
+        else:
+            why = str(error).split(" - at ")[0].replace("`", "")
+        if field.name not in SECRETS:
+            got = "" if ", got " in why else ", got"
+            why = f"{why}{got} {json.dumps(_without_secrets(value), default=str)}"
+        raise ConfigError(f"{source}: {why}") from error
 
 
 def _without_secrets(value: object) -> object:

@@ -16,6 +16,8 @@ from shared.messages import Task
 REFUSED_SHOWN = 20
 """So many refusals are kept in words; the rest are counted."""
 
+LABELS_SHOWN = 8
+
 _PLACE = "{text}"
 
 
@@ -110,13 +112,27 @@ def _row(line: bytes, task: Task, numbers: dict[str, int]) -> Row:
     fields = cast("dict[str, object]", parsed)
     if "prompt" in fields or "completion" in fields:
         if task.loss == "choices":
-            raise _RefusalError("loss choices needs text and label, not prompt and completion")
+            raise _RefusalError(_needs(task))
         return Row("", _text(fields, "prompt"), "", _text(fields, "completion"), -1)
+    if not task.labels or not fields.keys() & {"text", "label"}:
+        raise _RefusalError(_needs(task))
     text, label = _text(fields, "text"), _label(fields)
     if label not in numbers:
-        raise _RefusalError(f"label {label!r} is not one of the task's labels")
+        raise _RefusalError(f"its label is not one of this job's: {_labels(task)}")
     head, tail = split_template(task.template)
     return Row(head, text, tail, task.labels[label], numbers[label])
+
+
+def _needs(task: Task) -> str:
+    """What rows a job needs, for whoever gave others."""
+    if not task.labels:
+        return "this job has no labels: it needs rows of prompt and completion"
+    return f"this job needs rows of text and label (labels: {_labels(task)})"
+
+
+def _labels(task: Task) -> str:
+    shown = list(task.labels)[:LABELS_SHOWN]
+    return ", ".join(shown) + ", ..." * (len(task.labels) > LABELS_SHOWN)
 
 
 def _text(fields: dict[str, object], name: str) -> str:

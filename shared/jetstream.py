@@ -182,7 +182,7 @@ class JetStream(ABC):
             request = {
                 "seq": position + 1,
                 "next_by_subj": subject,
-                "batch": READ_MESSAGES,
+                "batch": min(READ_MESSAGES, up_to - position) if up_to else READ_MESSAGES,
                 "max_bytes": READ_BYTES,
             }
             # Slow links: each failure doubles the patience, as what was asked for is still coming.

@@ -118,6 +118,10 @@ class LogWriter:
             Fenced: another process has written to the stream.
         """
         subject, data = self._subject_of(job), encode(event)
+        try:
+            decode(data, Message)
+        except MalformedMessage as error:  # ours: every reader would skip what is logged for ever
+            raise ValueError(f"{type(event).__name__} has no place in the log: {error}") from error
         attempt = 0
         while True:
             try:
@@ -175,6 +179,24 @@ async def read(
             event = _decoded(stream, stored.sequence, stored.data, _event)
             if event is not None:
                 yield stored.sequence, event
+
+
+async def read_patiently(
+    streams: Streams, stream: str, subject: str, after: int = 0
+) -> AsyncGenerator[tuple[int, Event], None]:
+    """As `read`, for as long as the world fails it: it goes on after the last sequence got."""
+    delay_s = 0.05
+    while True:
+        try:
+            async with aclosing(read(streams, stream, subject, after)) as events:
+                async for after, event in events:
+                    yield after, event
+        except TransientError as error:
+            _log.warning("broker_call_failed", call="read", why=str(error))
+            await asyncio.sleep(delay_s)
+            delay_s = min(delay_s * 2, 5.0)
+        else:
+            return
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,11 +64,28 @@ async def examine(url: str, job: str, ledgers: list[Path]) -> Verdict:
         if word in ("folded", "late", "duplicate") and key not in keys
     ]
     verdict.wrong_rounds = _wrong_rounds(job, folded, sums)
+    verdict.lost += _late_without_commit(folded, closes)
     verdict.rounds = sum(event["commit"] is not None for event in closes)
     verdict.final_digest = next(
         (event["digest"] for event in reversed(log) if event["type"] == "JobEnded"), ""
     )
     return verdict
+
+
+def _late_without_commit(folded: list[Event], closes: list[Event]) -> list[str]:
+    """Late terms that the log took in, but the close of the round they came in did not commit."""
+    committed = {
+        (close["round"], term["stream_round"])
+        for close in closes
+        for term in (close["commit"] or {"terms": []})["terms"]
+    }
+    closed = {close["round"] for close in closes}
+    return [
+        f"late term of stream round {term['stream_round']} in round {event['round']}"
+        for event in folded
+        for term in event["late"]
+        if event["round"] in closed and (event["round"], term["stream_round"]) not in committed
+    ]
 
 
 def _wrong_rounds(job: str, folded: list[Event], sums: dict[str, int | None]) -> list[int]:

@@ -9,6 +9,7 @@ from typing import Literal
 
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from services.aggregator import pooling
 from services.aggregator.methods.seedwire import late as late_coefficients
@@ -47,18 +48,23 @@ class Folding:
         opened: RoundOpened | None,
         rounds: Mapping[int, RoundRecord],
         counted: int,
+        allowed: frozenset[str],
     ) -> None:
-        """`opened` is the open round, if any; `counted` how many updates it has so far."""
+        """`opened` is the open round, if any; `counted` how many updates it has so far.
+
+        `allowed` devices alone may take part; empty: all.
+        """
         self._job = job
         self._epoch = epoch
         self._opened = opened
         self._rounds = rounds
         self._counted = counted
+        self._allowed = allowed
         self._seen: set[tuple[int, str, int]] = set()
         self._rows: list[FoldedUpdate] = []
         self._batch = Batch(opened.directions if opened else 0)
         self._late: list[Term] = []
-        self._evaluations: list[EvaluationSums] = []
+        self._evaluations: dict[int, EvaluationSums] = {}
         self._late_weight: Counter[int] = Counter()
         self._loss = 0
         self._loss_weight = 0
@@ -71,6 +77,8 @@ class Folding:
             InvalidUpdate: measured at another adapter, or of another shape.
         """
         key = update.key
+        if self._allowed and key.device not in self._allowed:
+            raise InvalidUpdate(f"job {self._job} does not allow device {key.device}")
         record = self._record(update)
         if (key.device, key.part) in record.seen or (key.round, key.device, key.part) in self._seen:
             return Outcome("duplicate")
@@ -82,6 +90,8 @@ class Folding:
         open_round = self._opened.round if self._opened else -1
         match update.result:
             case EvaluateResult():
+                if not record.opened.evaluate:
+                    raise InvalidUpdate(f"round {key.round} is not evaluated")
                 row = self._evaluation(update, update.result)
             case ProbeResult() if key.round == open_round:
                 row = self._in_time(update, update.result, record.opened)
@@ -103,7 +113,7 @@ class Folding:
             updates=self._rows,
             sums=self._batch.sums(),
             late=merged(self._late),
-            evaluations=self._evaluations,
+            evaluations=list(self._evaluations.values()),
             loss=self._loss,
             loss_weight=self._loss_weight,
         )
@@ -125,18 +135,17 @@ class Folding:
     def _evaluation(self, update: SubmitUpdate, result: EvaluateResult) -> FoldedUpdate:
         if result.correct > result.examples:
             raise InvalidUpdate(f"{result.correct} of {result.examples} examples are correct")
-        self._evaluations.append(
-            EvaluationSums(
-                update.key.round,
-                update.digest,
-                result.examples,
-                result.correct,
-                result.weight,
-                result.loss,
-            )
+        number = update.key.round
+        before = self._evaluations.get(number) or EvaluationSums(number, update.digest, 0, 0, 0, 0)
+        self._evaluations[number] = replace(
+            before,
+            examples=before.examples + result.examples,
+            correct=before.correct + result.correct,
+            weight=before.weight + result.weight,
+            loss=before.loss + result.loss,
         )
         row = _row(update, "folded", weight=result.weight)
-        return msgspec.structs.replace(row, kind="evaluate")
+        return replace(row, kind="evaluate")
 
     def _in_time(
         self, update: SubmitUpdate, result: ProbeResult, opened: RoundOpened

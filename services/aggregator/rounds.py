@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 from services.aggregator.pooling import Pool
 from shared.messages import Contribution, FoldedUpdate, Frozen, RoundOpened, Term
 
+MAX_WORK_S = 1e9
+"""What a message may carry."""
+
 
 @dataclass
 class RoundRecord:
@@ -54,6 +57,6 @@ def contribute(contributions: dict[str, Contribution], row: FoldedUpdate) -> Non
         probes=probes,
         weight=max(old.weight, row.weight),
         slope=(old.slope * old.probes + row.slope * row.probes) / max(1, probes),
-        work_s=old.work_s + row.work_s,
+        work_s=min(MAX_WORK_S, old.work_s + row.work_s),
         late=old.late + (row.outcome == "late"),
     )

@@ -12,7 +12,7 @@ from shared.bus import Bus, Delivery, Stored, Streams
 from shared.clock import Clock
 from shared.codec import decode, encode
 from shared.errors import MalformedMessage, RejectError, TransientError
-from shared.log import LogWriter, ensure_streams, read
+from shared.log import LogWriter, ensure_streams, read_patiently
 from shared.logs import get
 from shared.messages import (
     DetailEvent,
@@ -24,6 +24,7 @@ from shared.messages import (
     Message,
     Refused,
     RoundClosed,
+    RoundOpened,
     ServiceReport,
     StopJob,
     SubmitJob,
@@ -37,6 +38,8 @@ log = get("aggregator")
 
 TICK_S = 0.1
 TAKE_WAIT_S = 5.0
+MAX_LISTED = 2000
+"""Jobs that fit one answer; the newest."""
 PUT_OFF_S = 10.0
 """When a batch comes again of which something could not be handled; the rest are duplicates."""
 
@@ -60,8 +63,6 @@ class Aggregator:
         """Replay the log, do what a crash left undone, then serve until `stop`."""
         await ensure_streams(self._streams)
         await self.replay()
-        for job in list(self.jobs.values()):
-            await self._settle_state(job)
         async with asyncio.TaskGroup() as tasks:
             background = [
                 tasks.create_task(self._requests()),
@@ -80,7 +81,7 @@ class Aggregator:
         self._log = await LogWriter.open(self._streams, subjects.LOG_STREAM)
         self._detail = await LogWriter.open(self._streams, subjects.DETAIL_STREAM)
         counted: dict[str, list[int]] = {}
-        everything = read(self._streams, subjects.LOG_STREAM, subjects.ALL_LOGS)
+        everything = read_patiently(self._streams, subjects.LOG_STREAM, subjects.ALL_LOGS)
         async with aclosing(everything) as events:
             async for sequence, event in events:
                 if isinstance(event, LogEvent):
@@ -93,7 +94,9 @@ class Aggregator:
             # Older rounds than these can have no latecomers any more.
             closes = counted.get(name, [])[: -job.spec.pacing.lateness_rounds - 2]
             after = closes[-1] if closes else 0
-            private = read(self._streams, subjects.DETAIL_STREAM, subjects.detail(name), after)
+            private = read_patiently(
+                self._streams, subjects.DETAIL_STREAM, subjects.detail(name), after
+            )
             async with aclosing(private) as details:
                 async for sequence, detail in details:
                     job.evolve(detail, sequence)
@@ -127,29 +130,31 @@ class Aggregator:
             case StopJob():
                 return await self._stop_job(request)
             case ListJobs():
-                return JobsListed(jobs=[job.summary() for job in self.jobs.values()])
+                begun = [job for job in self.jobs.values() if job.begun]
+                return JobsListed(jobs=[job.summary() for job in begun[-MAX_LISTED:]])
             case _:
                 raise MalformedMessage(f"{type(request).__name__} is no request of an operator")
 
     async def _submit(self, request: SubmitJob) -> Message:
         async with self._turn:
-            if request.job in self.jobs:
+            known = self.jobs.get(request.job)
+            if known is not None and known.begun:
                 raise RejectError(f"job {request.job!r} exists already; choose another name")
-            events = open_job(request)
-            for event in events:
+            for event in open_job(request):
                 await self._commit(event)
-        await self._settle_state(self.jobs[request.job])
-        log.info("job_opened", job=request.job, rounds=request.spec.tuning.rounds)
+            log.info("job_opened", job=request.job, rounds=request.spec.tuning.rounds)
+            await settle(self._go_on(self.jobs[request.job]), self.counters, what="job")
         return JobAccepted(job=request.job)
 
     async def _stop_job(self, request: StopJob) -> Message:
         job = self.jobs.get(request.job)
-        if job is None or job.ended:
+        if job is None or job.ended or not job.begun:
             raise RejectError(f"no job {request.job!r} is running; see `seedwire job list`")
         async with self._turn:
+            await self._go_on(job)
             for event in job.decide_close(stop=True):
                 await self._commit(event)
-        await self._settle_state(job)
+            await settle(self._go_on(job), self.counters, what="job")
         return JobAccepted(job=request.job)
 
     async def _updates(self, stop: Stop) -> None:
@@ -206,55 +211,65 @@ class Aggregator:
 
     async def _fold_job(self, name: str, updates: Sequence[SubmitUpdate]) -> None:
         job = self.jobs.get(name)
-        if job is None:
+        if job is None or not job.begun:
             reason = f"job {name!r} is unknown here"
             await self._settle(updates, [Outcome("rejected", reason)] * len(updates))
             return
         async with self._turn:
+            if job.open is None and not job.ended:  # an earlier turn was cut short
+                await self._go_on(job)
             event, outcomes = job.decide_updates(updates)
             if event is not None:
                 await self._detail_commit(job, event)
-        await self._settle(updates, outcomes)
-        await self._settle_state(job)
+            await self._settle(updates, outcomes)
+            await settle(self._go_on(job), self.counters, what="round")
 
     async def _ticks(self) -> None:
+        """Close what is overdue, and take up what a crash or the broker cut short."""
         while True:
-            await self._clock.sleep(TICK_S)
             now = self._clock.now()
             for job in list(self.jobs.values()):
                 opened = job.open
-                if opened and now - self._opened_at[job.job] >= opened.deadline_s:
-                    await settle(self._overdue(job), self.counters, what="deadline")
+                overdue = opened and now - self._opened_at[job.job] >= opened.deadline_s
+                if job.begun and not job.ended and (overdue or not opened):
+                    await settle(self._overdue(job, opened), self.counters, what="deadline")
+            await self._clock.sleep(TICK_S)
 
-    async def _overdue(self, job: JobState) -> None:
+    async def _overdue(self, job: JobState, opened: RoundOpened | None) -> None:
         async with self._turn:
-            for event in job.decide_close(overdue=True):
-                await self._commit(event)
-        await self._settle_state(job)
+            if opened is not None and job.open is opened:
+                for event in job.decide_close(overdue=True):
+                    await self._commit(event)
+            await self._go_on(job)
 
     # ---- what follows from the log
 
-    async def _settle_state(self, job: JobState) -> None:
-        """Log evaluations, close, report, publish and open until the log lacks nothing."""
+    async def _go_on(self, job: JobState) -> None:
+        """Log evaluations, close, report, publish and open until the log lacks nothing.
+
+        The caller holds `_turn` over this and what led to it: nobody sees a job between two rounds.
+        """
         while True:
-            async with self._turn:
-                published = await self._publish(job)
-                events = job.decide_next()
-                for event in events:
-                    if isinstance(event, DetailEvent):
-                        await self._detail_commit(job, event)
-                    else:
-                        await self._commit(event)
+            published = await self._publish(job)
+            events = job.decide_next()
+            for event in events:
+                if isinstance(event, DetailEvent):
+                    await self._detail_commit(job, event)
+                else:
+                    await self._commit(event)
             if not (events or published):
                 return
 
     async def _publish(self, job: JobState) -> bool:
-        if not job.snapshot_due or job.adapter is None or job.open is not None:
+        if not job.snapshot_due or job.open is not None:
             return False
         reference = await blobs.put(self._streams, job.adapter.to_bytes())
         await self._commit(job.decide_published(reference))
-        if job.outdated_snapshot:
-            await blobs.delete(self._streams, job.outdated_snapshot)
+        try:
+            for outdated in job.outdated_snapshots:
+                await blobs.delete(self._streams, outdated)
+        except TransientError as error:  # it is named again when the next one is published
+            log.warning("snapshot_not_removed", job=job.job, error=str(error))
         return True
 
     async def _commit(self, event: LogEvent) -> None:
@@ -280,9 +295,13 @@ class Aggregator:
         job.evolve(event, sequence)
 
     def _evolve(self, event: LogEvent, sequence: int) -> None:
-        if isinstance(event, JobOpened):
-            self.jobs[event.job] = JobState(event)
-        job = self.jobs[event.job]
+        job = self.jobs.get(event.job)
+        if isinstance(event, JobOpened) and not (job and job.begun):
+            job = self.jobs[event.job] = JobState(event)
+        if job is None:
+            self.counters.add("messages_malformed")
+            log.warning("event_of_unknown_job", job=event.job, event_type=type(event).__name__)
+            return
         before = job.open
         job.evolve(event, sequence)
         if job.open is not before:
@@ -308,7 +327,7 @@ class Aggregator:
         """Settle an update that cannot be read, by the key that its header names."""
         self.counters.add("updates_rejected")
         device = subjects.last_token(message.subject)
-        key = message.headers.get(subjects.KEY_HEADER, "")
+        key = message.headers.get(subjects.KEY_HEADER, "").encode(errors="replace").decode()
         log.warning("update_unreadable", device=device, key=key, reason=reason)
         if key:
             settled = UpdateSettled(key=key[:400], outcome="rejected", reason=reason[:500])
@@ -332,6 +351,7 @@ class Aggregator:
                     uptime_s=self._clock.now() - started,
                     counters=counts,
                 )
-                await self._bus.publish(subjects.service("aggregator"), encode(report))
+                subject, data = subjects.service("aggregator"), encode(report)
+                await settle(self._bus.publish(subject, data), self.counters, what="report")
                 sent = counts
             await self._clock.sleep(self._settings.report_every_s)

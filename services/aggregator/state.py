@@ -16,7 +16,8 @@ from services.aggregator.pooling import Pool
 from services.aggregator.rounds import Evaluated, Progress, RoundRecord, contribute
 from services.aggregator.terms import merged, of_pool
 from shared.adapter import Adapter
-from shared.errors import RejectError, StaleMessage
+from shared.dataset import check_task
+from shared.errors import EngineError, RejectError, StaleMessage
 from shared.messages import (
     AdapterEvaluated,
     BlobRef,
@@ -35,11 +36,19 @@ from shared.messages import (
     RoundReport,
     SubmitJob,
     SubmitUpdate,
+    Task,
     UpdatesFolded,
 )
 
 MAX_DEADLINE_S = 3600.0
 KEPT_SNAPSHOTS = 2
+MAX_EVENT_BYTES = 900_000
+"""What the parts of an event that grow with its round may come to; the broker takes 1 MB."""
+BYTES_A_DIRECTION = 40
+"""Of an UpdatesFolded: two halves' differences and weights, and the bends."""
+BYTES_A_LATE_ROUND = 4
+MAX_CONTRIBUTIONS = 4000
+"""Of a RoundReport; the bandit can spare the rest."""
 
 
 def open_job(message: SubmitJob) -> list[LogEvent]:
@@ -51,10 +60,8 @@ def open_job(message: SubmitJob) -> list[LogEvent]:
     tuning = message.spec.tuning
     if tuning.method not in METHODS:
         raise RejectError(f"method {tuning.method!r} is unknown; known: {sorted(METHODS)}")
-    if not tuning.final_step and tuning.rounds == 1:
-        raise RejectError("final_step 0 with one round would move nothing")
-    if message.spec.task.loss == "choices" and len(message.spec.task.labels) < 2:
-        raise RejectError("loss 'choices' needs at least two labels")
+    _check_task(message.spec.task)
+    _check_sizes(message.spec)
     adapter = Adapter(message.manifest)
     if adapter.manifest.epoch != 0:
         raise RejectError("a job begins with epoch 0")
@@ -69,13 +76,42 @@ def open_job(message: SubmitJob) -> list[LogEvent]:
     ]
 
 
+def _check_task(task: Task) -> None:
+    try:
+        check_task(task)
+    except EngineError as error:
+        raise RejectError(str(error)) from error
+    words = list(task.labels.values())
+    twice = {word for word in words if words.count(word) > 1}
+    if twice:
+        raise RejectError(f"task: labels share the word {min(twice)!r}; give each its own")
+
+
+def _check_sizes(spec: JobSpec) -> None:
+    tuning, pacing = spec.tuning, spec.pacing
+    if pacing.minimum_probes > pacing.enough_probes:
+        raise RejectError(
+            f"pacing: minimum_probes {pacing.minimum_probes} is more than enough_probes"
+            f" {pacing.enough_probes}"
+        )
+    most = MAX_EVENT_BYTES // (BYTES_A_DIRECTION + BYTES_A_LATE_ROUND * pacing.lateness_rounds)
+    if tuning.directions > most:
+        raise RejectError(
+            f"tuning: {tuning.directions} directions do not fit one event of the log; at most"
+            f" {most} do with lateness_rounds {pacing.lateness_rounds}"
+        )
+
+
 class JobState:
     """A job after the events it has been evolved by."""
 
     def __init__(self, opened: JobOpened) -> None:
         self.job = opened.job
         self.spec: JobSpec = opened.spec
-        self.adapter: Adapter | None = None
+        self._allowed = frozenset(opened.spec.allow_devices)
+        self._theta: Adapter | None = None
+        self._behind: list[RoundClosed] = []
+        """Closes that theta has not been moved by: a replay of an ended job needs none of them."""
         self.rounds: dict[int, RoundRecord] = {}
         self.open: RoundOpened | None = None
         self.progress = Progress(Pool(0))
@@ -91,9 +127,15 @@ class JobState:
         self.snapshots: list[BlobRef] = []
         self.detail_sequence = 0
         self.unlogged: list[tuple[int, EvaluationSums]] = []
-        self.evaluations_logged = 0
+        self.evaluations_logged: set[tuple[int, int]] = set()
+        """Each by the UpdatesFolded it was made from, and the round it is of."""
         self.evaluated: Evaluated | None = None
         self._successor: Adapter | None = None
+
+    @property
+    def begun(self) -> bool:
+        """Whether the log has the job's epoch: a kill may have come between the two."""
+        return self._theta is not None
 
     # ---- decide
 
@@ -101,9 +143,9 @@ class JobState:
         self, updates: Sequence[SubmitUpdate]
     ) -> tuple[UpdatesFolded | None, list[Outcome]]:
         """What to log for a batch of this job's updates, and what becomes of each, in order."""
-        epoch = self._adapter().manifest.epoch
+        epoch = self.adapter.manifest.epoch
         counted = self.progress.updates
-        batch = Folding(self.job, epoch, self.open, self.rounds, counted)
+        batch = Folding(self.job, epoch, self.open, self.rounds, counted, self._allowed)
         outcomes: list[Outcome] = []
         for update in updates:
             try:
@@ -134,7 +176,7 @@ class JobState:
 
     def decide_next(self) -> list[LogEvent | DetailEvent]:
         """What the log still lacks, apart from a due snapshot; asked again after every event."""
-        if self.ended:
+        if self.ended or not self.begun:
             return []
         if self.unlogged:
             return [self._evaluated(sequence, sums) for sequence, sums in self.unlogged]
@@ -148,7 +190,7 @@ class JobState:
 
     def decide_published(self, snapshot: BlobRef) -> ModelPublished:
         """The fact that the adapter as it stands lies in the blob store."""
-        adapter = self._adapter()
+        adapter = self.adapter
         return ModelPublished(
             job=self.job,
             epoch=adapter.manifest.epoch,
@@ -158,10 +200,10 @@ class JobState:
         )
 
     @property
-    def outdated_snapshot(self) -> BlobRef | None:
-        """The snapshot that the newest pushed out, unless a kept one holds the same bytes."""
+    def outdated_snapshots(self) -> list[BlobRef]:
+        """Snapshots that newer ones pushed out, unless a kept one holds the same bytes."""
         kept, older = self.snapshots[-KEPT_SNAPSHOTS:], self.snapshots[:-KEPT_SNAPSHOTS]
-        return older[-1] if older and older[-1] not in kept else None
+        return [snapshot for snapshot in older if snapshot not in kept]
 
     # ---- evolve
 
@@ -169,7 +211,7 @@ class JobState:
         """Apply one fact; `sequence` is its place in its stream."""
         match event:
             case EpochOpened():
-                self.adapter = Adapter(event.manifest)
+                self._theta = Adapter(event.manifest)
             case RoundOpened():
                 self.open = event
                 self.round = event.round
@@ -183,9 +225,11 @@ class JobState:
             case ModelPublished():
                 self.published_round = event.round
                 self.snapshot_due = False
-                self.snapshots.append(event.snapshot)
+                # One more than what was just pushed out: its removal may have been cut short.
+                self.snapshots = [*self.snapshots, event.snapshot][-KEPT_SNAPSHOTS - 2 :]
             case JobEnded():
                 self.ended = event
+                self._behind.clear()
             case UpdatesFolded():
                 self._evolve_folded(event, sequence)
             case RoundReport():
@@ -195,15 +239,15 @@ class JobState:
 
     def summary(self) -> JobSummary:
         """What the operator is told of this job."""
-        adapter, evaluated = self._adapter(), self.evaluated
+        evaluated = self.evaluated
         status = "ended" if self.ended else "finishing" if self.finished else "running"
         return JobSummary(
             job=self.job,
             status=status,
-            epoch=adapter.manifest.epoch,
+            epoch=0 if self._theta is None else self._theta.manifest.epoch,
             round=self.round,
             rounds=self.spec.tuning.rounds,
-            digest=adapter.digest(),
+            digest=self.ended.digest if self.ended else self.adapter.digest(),
             reason=self.ended.reason if self.ended else "",
             accuracy=evaluated.correct / evaluated.examples
             if evaluated and evaluated.examples
@@ -213,10 +257,19 @@ class JobState:
 
     # ---- inside
 
-    def _adapter(self) -> Adapter:
-        if self.adapter is None:
+    @property
+    def adapter(self) -> Adapter:
+        """The adapter after the last close.
+
+        Raises:
+            RuntimeError: the job has no epoch; see `begun`.
+        """
+        if self._theta is None:
             raise RuntimeError(f"job {self.job} has no epoch")
-        return self.adapter
+        for close in self._behind:
+            self._theta.apply(close.round, close.commit)
+        self._behind.clear()
+        return self._theta
 
     def _enough(self, opened: RoundOpened) -> bool:
         progress = self.progress
@@ -233,8 +286,10 @@ class JobState:
         reason: Literal["enough", "deadline", "abandoned", "evaluated", "stopped"],
         closing: Closing | None,
     ) -> RoundClosed:
-        adapter, progress = self._adapter(), self.progress
-        commit = None if closing is None else adapter.fitting(self._commit(opened, closing))
+        adapter, progress = self.adapter, self.progress
+        commit = self._commit(opened, closing)
+        if commit is not None:
+            commit = adapter.fitting(commit)
         self._successor = adapter.after(opened.round, commit)
         return RoundClosed(
             job=self.job,
@@ -256,13 +311,18 @@ class JobState:
             signal=progress.pool.signal(opened.eps) if closing else None,
         )
 
-    def _commit(self, opened: RoundOpened, closing: Closing) -> Commit:
-        measured = self.progress.pool.measured
-        own = of_pool(opened.stream_round, opened.scope, closing.coefficients, measured)
-        return Commit(self.spec.tuning.momentum, [own, *merged(self.progress.late)])
+    def _commit(self, opened: RoundOpened, closing: Closing | None) -> Commit | None:
+        """The round's own term, if it has enough for one, and the late ones, which always count."""
+        terms = merged(self.progress.late)
+        if closing is not None:
+            measured = self.progress.pool.measured
+            terms.insert(
+                0, of_pool(opened.stream_round, opened.scope, closing.coefficients, measured)
+            )
+        return Commit(self.spec.tuning.momentum, terms) if terms else None
 
     def _next_round(self) -> RoundOpened:
-        spec, adapter = self.spec, self._adapter()
+        spec, adapter = self.spec, self.adapter
         number = self.round + 1
         tune = self.commits < spec.tuning.rounds
         every = spec.evaluation.every_rounds
@@ -288,7 +348,7 @@ class JobState:
         )
 
     def _evaluated(self, sequence: int, sums: EvaluationSums) -> AdapterEvaluated:
-        epoch = self._adapter().manifest.epoch
+        epoch = self.adapter.manifest.epoch
         fields = msgspec.structs.asdict(sums)
         return AdapterEvaluated(job=self.job, epoch=epoch, detail_sequence=sequence, **fields)
 
@@ -297,11 +357,11 @@ class JobState:
             job=self.job,
             epoch=record.opened.epoch,
             round=record.opened.round,
-            contributions=list(record.contributions.values()),
+            contributions=list(record.contributions.values())[:MAX_CONTRIBUTIONS],
         )
 
     def _end(self) -> JobEnded:
-        adapter = self._adapter()
+        adapter = self.adapter
         return JobEnded(
             job=self.job,
             epoch=adapter.manifest.epoch,
@@ -311,26 +371,30 @@ class JobState:
         )
 
     def _evolve_closed(self, event: RoundClosed) -> None:
+        record = self.rounds.get(event.round)
+        if record is None:
+            return
         successor, self._successor = self._successor, None
-        if successor is None or successor.digest() != event.digest:
-            successor = self._adapter().after(event.round, event.commit)
-        self.adapter = successor
+        if successor is not None and successor.digest() == event.digest:
+            self._theta = successor
+        else:
+            self._behind.append(event)
         self.open = None
         self.round = event.round
         self.detail_sequence = max(self.detail_sequence, event.detail_sequence)
-        self.commits += event.commit is not None
+        tuned = record.opened.kind == "tune" and event.reason in ("enough", "deadline")
+        self.commits += tuned
         self.abandoned_in_a_row = self.abandoned_in_a_row + 1 if event.reason == "abandoned" else 0
-        self.rounds[event.round].frozen = event.frozen
+        record.frozen = event.frozen
         self.stopped = event.reason == "stopped"
-        ended_tuning = self.commits >= self.spec.tuning.rounds
-        evaluation_left = self.spec.evaluation.every_rounds and event.commit is not None
-        self.finished = self.stopped or (ended_tuning and not evaluation_left)
-        every = self.spec.snapshot_every
-        periodic = event.commit is not None and self.commits % every == 0
+        evaluation_left = self.spec.evaluation.every_rounds and record.opened.kind == "tune"
+        complete = self.commits >= self.spec.tuning.rounds and not evaluation_left
+        self.finished = self.stopped or complete
+        periodic = tuned and self.commits % self.spec.snapshot_every == 0
         self.snapshot_due = self.snapshot_due or self.finished or periodic
 
     def _evolve_evaluated(self, event: AdapterEvaluated) -> None:
-        self.evaluations_logged = max(self.evaluations_logged, event.detail_sequence)
+        self.evaluations_logged.add((event.detail_sequence, event.round))
         self.unlogged = [
             (sequence, sums)
             for sequence, sums in self.unlogged
@@ -346,8 +410,11 @@ class JobState:
 
     def _evolve_folded(self, event: UpdatesFolded, sequence: int) -> None:
         self.detail_sequence = max(self.detail_sequence, sequence)
-        if sequence > self.evaluations_logged:
-            self.unlogged += [(sequence, sums) for sums in event.evaluations]
+        self.unlogged += [
+            (sequence, sums)
+            for sums in event.evaluations
+            if (sequence, sums.round) not in self.evaluations_logged
+        ]
         for row in event.updates:
             if row.round in self.rounds:
                 record = self.rounds[row.round]

@@ -6,6 +6,8 @@ SAFE_SHARE = 0.6
 """Part of the remaining time that work may fill: devices get busy, links get slow."""
 TRIAL_PROBES = 8
 """What a device of unknown speed is given first."""
+FASTEST_S = 1e-6
+"""No unit of work is believed to take less."""
 NEWEST_SHARE = 0.5
 """What the newest measurement counts for."""
 
@@ -36,4 +38,4 @@ def fitting(remaining_s: float, unit_s: float | None) -> int:
     """How many units a device surely finishes in the remaining time."""
     if unit_s is None:
         return TRIAL_PROBES if remaining_s > 0 else 0
-    return max(0, int(SAFE_SHARE * remaining_s / unit_s))
+    return max(0, int(SAFE_SHARE * remaining_s / max(FASTEST_S, unit_s)))

@@ -16,6 +16,7 @@ from services.scheduler.jobs import Job, JobFact
 from services.scheduler.offers import Offer, Selection
 from services.scheduler.rounds import OpenRound
 from shared.messages import (
+    STOPPED,
     ComeBack,
     DecisionMade,
     DeviceReport,
@@ -91,7 +92,7 @@ class State:
     def decide(self, request: RequestWork, now: float) -> Answer:
         """What the device of a request, which the state has been evolved by, should do."""
         device = self.devices[request.device]
-        if device.report is None:
+        if device.report is None or device.report.problem.endswith(STOPPED):
             after_s = REPORT_WAIT_S * self._spread(device.name)
             reason = "this scheduler does not know the device: send a report"
             return Answer(ComeBack(after_s=after_s, reason=reason, report=True))

@@ -57,7 +57,10 @@ class _Child:
         while data := await self._out.read(_CHUNK_BYTES):
             self._unpacker.feed(data)
             for answer in self._unpacker:
-                return msgspec.convert(answer, AnswerUnion)
+                try:
+                    return msgspec.convert(answer, AnswerUnion)
+                except msgspec.ValidationError as error:
+                    return Failed(f"the engine's numbers do not fit a message: {error}")
         return None
 
     def hang_up(self) -> None:

@@ -54,6 +54,7 @@ from shared.messages.updates import (
     UpdateSettled,
 )
 from shared.messages.work import (
+    STOPPED,
     ComeBack,
     DecisionMade,
     DeviceReport,
@@ -96,6 +97,7 @@ AnyMessage = (
 """Every message there is, told apart by its `type`."""
 
 __all__ = [
+    "STOPPED",
     "AdapterEvaluated",
     "AnyMessage",
     "BlobRef",

@@ -81,7 +81,7 @@ class Tuning(Record, frozen=True):
     how: How = "probe"
     rounds: Annotated[int, Meta(ge=1, lt=2**31)] = 100
     directions: Annotated[int, Meta(ge=1, le=2**16)] = 512
-    eps: Annotated[float, Meta(gt=0.0, le=10.0)] = 0.01
+    eps: Annotated[float, Meta(ge=1e-6, le=10.0)] = 0.01
     batch_rows: Annotated[int, Meta(ge=1, le=2**20)] = 32
     step: Annotated[float, Meta(gt=0.0, le=1e6)] = 0.01
     final_step: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.1

@@ -104,7 +104,8 @@ class Frozen(Record, frozen=True):
 class RoundClosed(Message, frozen=True):
     """The commit of a round; `digest` is the adapter's after it.
 
-    `commit` is null where theta did not move: an abandoned or an evaluation round.
+    `commit` is null where theta did not move. An abandoned or stopped round commits its late terms
+    alone; an evaluation round commits nothing.
     `detail_sequence` is the last of DETAIL that was counted.
     """
 

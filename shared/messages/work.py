@@ -82,6 +82,10 @@ class WakeUp(Message, frozen=True):
     job: Name
 
 
+STOPPED = "stopped"
+"""The problem of a device whose daemon has said goodbye."""
+
+
 class DeviceReport(Message, frozen=True):
     """What a device is and has: sent at start, when asked, when it changes, every 15 minutes."""
 

@@ -287,8 +287,23 @@ async def test_it_measures_what_it_is_asked_and_drains_on_sigterm(
         await wait_until(lambda: not edge.spooled())
         assert [fact["what"] for fact in edge.ledger()] == ["spooled"] * 2 + ["settled"] * 2
         assert edge.ledger()[0]["sum"] == sum(np.frombuffer(update.result.differences, "<i4"))
+        assert not fleet.report.problem
         assert await edge.end(signal.SIGTERM) == 0
+        await wait_until(lambda: fleet.report.problem == "stopped")
+        await edge.start()
+        await wait_until(lambda: not fleet.report.problem, what="a start clears it")
     assert "Traceback" not in (tmp_path / "edge.log").read_text()
+
+
+async def test_a_drain_without_a_broker_does_not_wait_for_its_goodbye(
+    fleet: Fleet, broker: BrokerProcess, tmp_path: Path
+) -> None:
+    async with daemon(tmp_path, broker) as edge:
+        await wait_until(lambda: len(fleet.requests) == 1)
+        await broker.kill()
+        async with asyncio.timeout(5):
+            assert await edge.end(signal.SIGTERM) == 0
+        await broker.start()
 
 
 async def test_an_update_is_sent_again_after_a_kill(
@@ -421,6 +436,7 @@ async def test_a_kind_of_work_from_the_future_is_declined(
         assert "tokens" in fleet.declined
         await fleet.assign(fleet.work("job"))
         await wait_until(lambda: len(fleet.updates) == 1)
+        await wait_until(lambda: fleet.count("work_declined") == 1)
 
 
 async def test_a_full_spool_is_told_and_gets_over(

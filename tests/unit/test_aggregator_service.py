@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from typing import Literal
 
 import pytest
 from msgspec.structs import replace
@@ -14,10 +15,11 @@ from shared.bus import Link
 from shared.clock import SystemClock
 from shared.codec import decode, encode
 from shared.errors import Fenced
-from shared.log import ensure_streams
+from shared.log import LogWriter, ensure_streams
 from shared.memory_bus import MemoryBroker
 from shared.messages import (
     JobAccepted,
+    JobOpened,
     JobsListed,
     ListJobs,
     Message,
@@ -155,3 +157,58 @@ async def test_a_second_aggregator_fences_the_first_off() -> None:
     assert isinstance(await second.answer(a_job("theirs")), JobAccepted)
     with pytest.raises(Fenced, match="another aggregator writes to stream LOG"):
         await first.answer(a_job("ours"))
+
+
+async def test_a_kill_between_the_two_events_that_open_a_job_harms_no_restart() -> None:
+    broker = MemoryBroker()
+    bus = broker.connect("killed")
+    await ensure_streams(bus)
+    half = a_job("half")
+    writer = await LogWriter.open(bus, subjects.LOG_STREAM)
+    await writer.append("half", JobOpened(job="half", spec=half.spec))
+    async with serving(broker) as served:
+        listed = await served.ask(ListJobs())
+        assert isinstance(listed, JobsListed)
+        assert listed.jobs == []
+        assert isinstance(await served.ask(StopJob(job="half")), Refused)
+        assert isinstance(await served.ask(half), JobAccepted)
+        assert served.opened("half").round == 1
+
+
+async def test_a_snapshot_that_the_broker_refuses_for_now_delays_the_job_and_no_more() -> None:
+    broker = MemoryBroker()
+    refusals = 3
+
+    def fails_for_blobs(subject: str, _: bytes) -> Literal["stored", "lost", "unanswered"]:
+        nonlocal refusals
+        if ".blob." in subject and refusals:
+            refusals -= 1
+            return "lost"
+        return "stored"
+
+    broker.append_fate = fails_for_blobs
+    async with serving(broker) as served:
+        await served.ask(a_job(rounds=2, snapshot_every=1))
+        while not served.aggregator.jobs["demo"].ended:
+            opened = served.aggregator.jobs["demo"].open
+            if opened is not None:
+                await served.send(a_probe(opened, "a"))
+                await served.send(a_probe(opened, "b", first=8))
+            await asyncio.sleep(0.05)
+        assert refusals == 0
+
+
+async def test_updates_and_stops_that_come_while_a_round_closes_find_the_next_one() -> None:
+    broker = MemoryBroker()
+    async with serving(broker) as served:
+        await served.ask(a_job(rounds=30))
+        for _ in range(12):
+            opened = served.opened()
+            closing = asyncio.gather(
+                served.send(a_probe(opened, "a")), served.send(a_probe(opened, "b", first=8))
+            )
+            late = asyncio.ensure_future(served.send(a_probe(opened, "c", first=16)))
+            await asyncio.gather(closing, late)
+        assert {settled.outcome for settled in served.settled} <= {"folded", "late"}
+        assert isinstance(await served.ask(StopJob(job="demo")), JobAccepted)
+        assert served.aggregator.jobs["demo"].ended

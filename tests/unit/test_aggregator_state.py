@@ -1,12 +1,14 @@
 """A job is what its log says: whatever order, repetition or restart its updates come by."""
 
 import random
+import re
 from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from services.aggregator.folding import Outcome
 from services.aggregator.state import JobState, open_job
@@ -204,6 +206,25 @@ def test_a_crash_between_evaluation_and_its_fact_loses_and_doubles_nothing() -> 
     assert sum(isinstance(event, AdapterEvaluated) for event in again.log) == 1
 
 
+def test_a_kill_between_two_evaluations_of_one_batch_loses_neither() -> None:
+    run = Run(a_job(rounds=3, evaluate_every=1))
+    first = run.opened
+    run.send(a_probe(first, "a"), a_probe(first, "b", first=8))
+    second = run.opened
+    late, now = an_evaluation(first, "trusted"), an_evaluation(second, "trusted")
+    event, _ = run.state.decide_updates([late, now])
+    assert event is not None
+    run.detail.append(event)
+    run.state.evolve(event, len(run.detail))
+    one_of_two = run.state.decide_next()[0]
+    assert isinstance(one_of_two, AdapterEvaluated)
+    run.log.append(one_of_two)  # logged, and then killed
+    twin = run.restarted()
+    twin.settle()
+    rounds = [event.round for event in twin.log if isinstance(event, AdapterEvaluated)]
+    assert sorted(rounds) == [1, 2]
+
+
 def test_a_late_update_is_a_discounted_term_of_the_next_close() -> None:
     run = Run(a_job(rounds=3))
     first = run.opened
@@ -284,6 +305,22 @@ def test_a_round_without_probes_is_abandoned_and_opened_again_with_more_time() -
     assert run.state.commits == 1
 
 
+def test_late_terms_count_even_if_the_round_they_came_in_is_abandoned() -> None:
+    run = Run(a_job(rounds=2))
+    first = run.opened
+    latecomer = a_probe(first, "late", first=16)
+    run.send(a_probe(first, "a"), a_probe(first, "b", first=8))
+    assert words(run.send(latecomer)) == ["late"]
+    run.overdue()
+    abandoned = run.closes()[-1]
+    assert abandoned.reason == "abandoned"
+    assert abandoned.commit is not None
+    assert [term.stream_round for term in abandoned.commit.terms] == [1]
+    assert run.state.commits == 1
+    assert adapter_after(run.submit.manifest, run.log).digest() == run.opened.digest
+    assert run.restarted().state.adapter.digest() == run.opened.digest
+
+
 def test_at_its_deadline_a_round_closes_with_what_came() -> None:
     run = Run(a_job(rounds=2))
     run.send(a_probe(run.opened, "a"))
@@ -304,15 +341,29 @@ def test_the_logs_of_folded_updates_name_every_update_once() -> None:
     assert len(rows) == len(set(rows)) == 8
 
 
-def test_a_job_that_cannot_work_is_refused_by_name() -> None:
-    import msgspec
-
+@pytest.mark.parametrize(
+    ("part", "change", "why"),
+    [
+        ("tuning", {"method": "magic"}, "method 'magic' is unknown"),
+        ("tuning", {"how": "exact"}, "needs an adapter of output rows alone"),
+        ("tuning", {"directions": 60_000}, "60000 directions do not fit one event of the log"),
+        ("pacing", {"minimum_probes": 99}, "minimum_probes 99 is more than enough_probes 16"),
+        ("task", {"template": "no place"}, "template must hold {text}"),
+        ("task", {"labels": {"a": " x", "b": " x"}}, "labels share the word ' x'"),
+        ("task", {"labels": {"a": " x"}}, "at least two labels"),
+    ],
+)
+def test_a_job_that_cannot_work_is_refused_by_name(
+    part: str, change: dict[str, object], why: str
+) -> None:
     job = a_job()
-    tuning = msgspec.structs.replace(job.spec.tuning, method="magic")
-    with pytest.raises(RejectError, match="method 'magic' is unknown"):
-        open_job(
-            msgspec.structs.replace(job, spec=msgspec.structs.replace(job.spec, tuning=tuning))
-        )
-    exact = msgspec.structs.replace(job.spec.tuning, how="exact")
-    with pytest.raises(RejectError, match="needs an adapter of output rows alone"):
-        open_job(msgspec.structs.replace(job, spec=msgspec.structs.replace(job.spec, tuning=exact)))
+    changed = replace(getattr(job.spec, part), **change)
+    with pytest.raises(RejectError, match=re.escape(why)):
+        open_job(replace(job, spec=replace(job.spec, **{part: changed})))
+
+
+def test_who_is_not_allowed_is_rejected() -> None:
+    job = a_job()
+    run = Run(replace(job, spec=replace(job.spec, allow_devices=["a"])))
+    outcomes = run.send(a_probe(run.opened, "a"), a_probe(run.opened, "stranger"))
+    assert words(outcomes) == ["folded", "rejected"]

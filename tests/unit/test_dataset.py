@@ -44,10 +44,11 @@ def test_prompt_and_completion_stand_as_they_are(tmp_path: Path) -> None:
         ('{"text": "a"}', "field label is missing"),
         ('{"text": 3, "label": 1}', "field text is not a string"),
         ('{"text": " \\n", "label": 1}', "field text is empty"),
-        ('{"text": "a", "label": 7}', "label '7' is not one"),
+        ('{"text": "a", "label": 7}', "its label is not one of this job's: 0, 1"),
         ('{"text": "a", "label": true}', "neither a string nor an integer"),
         ('{"text": "\\ud800", "label": 1}', "half a surrogate pair"),
-        ('{"prompt": "a", "completion": "b"}', "needs text and label"),
+        ('{"prompt": "a", "completion": "b"}', "needs rows of text and label (labels: 0, 1)"),
+        ('{"question": "a"}', "needs rows of text and label (labels: 0, 1)"),
     ],
 )
 def test_a_malformed_row_is_refused_with_file_and_line(tmp_path: Path, line: str, why: str) -> None:
@@ -57,6 +58,18 @@ def test_a_malformed_row_is_refused_with_file_and_line(tmp_path: Path, line: str
     assert found.refused_rows == 1
     assert found.refused[0].startswith(f"{path}:3: ")
     assert why in found.refused[0]
+
+
+def test_rows_of_text_and_label_need_a_job_with_labels(tmp_path: Path) -> None:
+    path = a_file(tmp_path, {"text": "a", "label": 0}, {"prompt": "2+2=", "completion": "4"})
+    (refused,) = dataset.read(path, TOKENS).refused
+    assert refused.endswith("this job has no labels: it needs rows of prompt and completion")
+
+
+def test_many_labels_are_not_all_named(tmp_path: Path) -> None:
+    many = Task("choices", labels={str(number): f" {number}" for number in range(20)})
+    with pytest.raises(EngineError, match=r"\(labels: 0, 1, 2, 3, 4, 5, 6, 7, \.\.\.\)"):
+        dataset.read(a_file(tmp_path, {"prompt": "a", "completion": "b"}), many)
 
 
 def test_bytes_that_are_not_text_cost_one_row(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
+import msgspec
 import pytest
 
 from edge_client.config import Settings, completed
@@ -113,18 +115,34 @@ def test_the_link_rate_learns_from_transfers_that_are_large_enough() -> None:
     assert link.bytes_per_s == pytest.approx(7e5)
 
 
-def test_settings_that_cannot_work_name_the_mend() -> None:
+def test_settings_that_cannot_work_name_the_mend(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="set data, or trusted and heldout"):
         completed(Settings(device="a"))
-    with pytest.raises(ConfigError, match="set data, or trusted and heldout"):
-        completed(Settings(device="a", heldout=__file__))
+    with pytest.raises(ConfigError, match="set trusted too"):
+        completed(Settings(device="a", data=__file__, heldout=__file__))
+    with pytest.raises(ConfigError, match="set heldout too"):
+        completed(Settings(device="a", data=__file__, trusted=True))
     with pytest.raises(ConfigError, match="cannot be read"):
         completed(Settings(device="a", data="/nowhere/rows.jsonl"))
+    with pytest.raises(ConfigError, match=r"data: .* is a directory; name a JSONL file"):
+        completed(Settings(device="a", data=str(tmp_path)))
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    with pytest.raises(ConfigError, match=r"heldout: .* is empty; name a JSONL file"):
+        completed(Settings(device="a", heldout=str(empty), trusted=True))
+    with pytest.raises(ConfigError, match=r"models: /nowhere/m\.gguf cannot be read; name a GGUF"):
+        completed(Settings(device="a", data=__file__, models=["/nowhere/m.gguf"]))
     with pytest.raises(ConfigError, match="use 1 to 64"):
         completed(Settings(device="a.b", data=__file__))
     assert completed(Settings(data=__file__)).device
     assert Settings(data="d", heldout="h").kinds == ["probe"]
     assert Settings(data="d", heldout="h", trusted=True).kinds == ["probe", "evaluate"]
+
+
+def test_every_setting_is_explained_in_one_sentence() -> None:
+    for field in msgspec.structs.fields(Settings):
+        (meta,) = field.type.__metadata__
+        assert meta.description[-1] == ".", field.name
 
 
 def test_the_daemon_is_small_and_loads_neither_numpy_nor_llama_cpp() -> None:

@@ -13,6 +13,7 @@ from services.scheduler.devices import Device
 from services.scheduler.offers import Selection
 from services.scheduler.state import Fact, State
 from shared.messages import (
+    STOPPED,
     ComeBack,
     Contribution,
     DeviceReport,
@@ -176,6 +177,19 @@ def test_an_unknown_device_is_asked_for_a_report_and_then_wanted() -> None:
     fleet.evolve(a_report("d0"))
     assert fleet.state.wanted_by("d0", fleet.now) == "demo"
     assert fleet.works("d0").key == UpdateKey("demo", 0, 1, "d0", 0)
+
+
+def test_a_device_that_said_goodbye_and_came_back_is_asked_for_a_report() -> None:
+    fleet = a_fleet(1)
+    fleet.evolve(replace(a_report("d0"), problem=STOPPED))
+    assert fleet.waits("d0").report
+    fleet.evolve(a_report("d0"))
+    fleet.works("d0")
+
+
+def test_an_absurd_speed_costs_no_call() -> None:
+    fleet = Fleet(a_job(), a_report("d0", probe_s=5e-324), a_report("d1"), a_round())
+    assert set(fleet.call()) == {"d0", "d1"}
 
 
 def test_a_round_calls_as_many_as_it_needs_times_over_selection() -> None:

@@ -97,7 +97,23 @@ def test_a_full_spool_drops_its_oldest(tmp_path: Path) -> None:
     spool = Spool(tmp_path, max_bytes=2 * size)
     assert [spool.put(an_update(part)) for part in range(3)] == [[], [], ["job-1.0.3.dev_a.0"]]
     assert spool.keys == ["job-1.0.3.dev_a.1", "job-1.0.3.dev_a.2"]
-    assert facts(tmp_path)[2] == ("job-1.0.3.dev_a.0", "superseded")
+    assert facts(tmp_path)[-1] == ("job-1.0.3.dev_a.0", "superseded")
+
+
+def test_a_disk_that_refuses_the_new_keeps_the_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool = Spool(tmp_path, max_bytes=len(encode(an_update())))
+    spool.put(an_update(0))
+
+    def refuse(_descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.fsync", refuse)
+        with pytest.raises(SpoolFull):
+            spool.put(an_update(1))
+    assert spool.keys == ["job-1.0.3.dev_a.0"]
 
 
 def test_a_disk_that_refuses_leaves_nothing_behind(
