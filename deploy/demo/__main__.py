@@ -57,7 +57,8 @@ class Demo:
     services: list[Child] = field(default_factory=list[Child])
     rounds: int = 0
     kills: int = 0
-    accuracies: list[float] = field(default_factory=list[float])
+    accuracies: dict[int, float] = field(default_factory=dict[int, float])
+    """By the round that opened with the adapter."""
     positions: dict[str, str] = field(default_factory=dict[str, str])
 
     def service(self, name: str, url: str, *more: str) -> Child:
@@ -78,6 +79,11 @@ class Demo:
     def measure(self) -> None:
         for child in self.devices:
             child.measure()
+
+    @property
+    def model_bytes(self) -> int:
+        """What fetching the model comes to, once a device."""
+        return MODEL.stat().st_size * len(self.devices)
 
     @property
     def bytes_up(self) -> int:
@@ -141,8 +147,14 @@ async def tune(demo: Demo, url: str, rounds: int) -> Outcome:
             reports = tasks.create_task(hear_reports(demo, bus))
             await submit(demo, url, rounds)
             began = time.monotonic()
-            async with asyncio.timeout(TUNING_LIMIT_S):
-                await watch(demo, bus, rounds)
+            try:
+                async with asyncio.timeout(TUNING_LIMIT_S):
+                    await watch(demo, bus, rounds)
+            except TimeoutError:
+                logs = demo.folder / "logs"
+                raise SystemExit(
+                    f"the job did not end within {TUNING_LIMIT_S:.0f} s; see {logs}"
+                ) from None
             tuning_s = time.monotonic() - began
             demo.measure()
             await caught_up(demo)
@@ -152,17 +164,16 @@ async def tune(demo: Demo, url: str, rounds: int) -> Outcome:
     ledgers = sorted((demo.folder / "state").glob("*/**/ledger.jsonl"))
     verdict = await examine(url, JOB, ledgers)
     device_rounds = max(1, demo.rounds) * DEVICES
-    model_bytes = MODEL.stat().st_size * DEVICES
     return Outcome(
-        accuracy_before=demo.accuracies[0],
-        accuracy_after=demo.accuracies[-1],
+        accuracy_before=demo.accuracies[min(demo.accuracies)],
+        accuracy_after=demo.accuracies[max(demo.accuracies)],
         accuracy_majority=1 / len(families.FAMILIES),
         tuning_seconds=tuning_s,
         devices=DEVICES,
         positions=demo.positions,
         verdict=verdict,
         bytes_up_per_device_round=demo.bytes_up / device_rounds,
-        bytes_down_per_device_round=(demo.bytes_down - model_bytes) / device_rounds,
+        bytes_down_per_device_round=(demo.bytes_down - demo.model_bytes) / device_rounds,
         daemon_peak_rss_mb=max(child.peak_rss_mb for child in demo.devices),
         engine_peak_rss_mb=max(child.children_peak_rss_mb for child in demo.devices),
         link_cuts=sum(link.cuts for link in demo.links),
@@ -202,15 +213,15 @@ async def watch(demo: Demo, bus: nats_bus.NatsBus, rounds: int) -> None:
                 case RoundClosed(commit=commit) if commit is not None:
                     demo.rounds += 1
                     loss = f"{event.loss:.3f}" if event.loss is not None else "-"
-                    up, down = demo.bytes_up / 1000, demo.bytes_down / 1000
+                    up, down = demo.bytes_up / 1000, (demo.bytes_down - demo.model_bytes) / 1000
                     progress.update(bar, completed=demo.rounds, loss=loss, up=up, down=down)
                     if demo.rounds % 10 == 0:
                         demo.measure()
                     if demo.rounds == max(2, rounds // 3):
                         killing = asyncio.create_task(power_cut(demo, demo.devices[KILLED - 1]))
                 case AdapterEvaluated():
-                    demo.accuracies.append(event.correct / event.examples)
-                    accuracy = f"{demo.accuracies[-1]:.1%}"
+                    demo.accuracies[event.round] = event.correct / event.examples
+                    accuracy = f"{demo.accuracies[event.round]:.1%}"
                     progress.update(bar, accuracy=accuracy)
                     if not demo.console.is_terminal:
                         demo.console.print(f"round {event.round}: held-out accuracy {accuracy}")

@@ -127,9 +127,6 @@ class Folding:
         record = self._rounds.get(key.round)
         if key.epoch < self._epoch or record is None:
             raise StaleMessage(f"round {key.round} is past the lateness bound")
-        latecomer = key.round != opened.round and (key.device, key.part) not in record.seen
-        if opened.kind == "evaluate" and latecomer:
-            raise StaleMessage("the job's last round has closed: its adapter moves no more")
         return record
 
     def _evaluation(self, update: SubmitUpdate, result: EvaluateResult) -> FoldedUpdate:
@@ -163,6 +160,10 @@ class Folding:
     def _in_arrears(
         self, update: SubmitUpdate, result: ProbeResult, record: RoundRecord, rounds_late: int
     ) -> FoldedUpdate:
+        if record.expired:
+            raise StaleMessage(f"round {update.key.round} is past the lateness bound")
+        if self._opened is not None and self._opened.kind == "evaluate":
+            raise StaleMessage("the job's last round has closed: its adapter moves no more")
         pooling.check(result, record.opened.directions)
         if record.frozen is None:
             raise StaleMessage(f"round {update.key.round} was closed without a commit")

@@ -17,6 +17,8 @@ class RoundRecord:
     frozen: Frozen | None = None
     seen: set[tuple[str, int]] = field(default_factory=set[tuple[str, int]])
     contributions: dict[str, Contribution] = field(default_factory=dict[str, Contribution])
+    expired: bool = False
+    """Past the lateness bound; evaluations of it are still welcome, as they move nothing."""
     late_weight: int = 0
     """What latecomers have added to the sum of weights over directions, so far."""
 

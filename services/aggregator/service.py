@@ -6,7 +6,7 @@ from contextlib import aclosing
 
 from services.aggregator.config import Settings
 from services.aggregator.folding import Outcome
-from services.aggregator.state import JobState, open_job
+from services.aggregator.state import EVALUATION_ROUNDS, JobState, open_job
 from shared import blobs, subjects
 from shared.bus import Bus, Delivery, Stored, Streams
 from shared.clock import Clock
@@ -92,7 +92,7 @@ class Aggregator:
             if job.ended:
                 continue
             # Older rounds than these can have no latecomers any more.
-            closes = counted.get(name, [])[: -job.spec.pacing.lateness_rounds - 2]
+            closes = counted.get(name, [])[: -EVALUATION_ROUNDS - 2]
             after = closes[-1] if closes else 0
             private = read_patiently(
                 self._streams, subjects.DETAIL_STREAM, subjects.detail(name), after

@@ -42,6 +42,8 @@ from shared.messages import (
 
 MAX_DEADLINE_S = 3600.0
 KEPT_SNAPSHOTS = 2
+EVALUATION_ROUNDS = 100
+"""How late an evaluation may come: the first one of a job reads all held-out rows."""
 MAX_EVENT_BYTES = 900_000
 """What the parts of an event that grow with its round may come to; the broker takes 1 MB."""
 BYTES_A_DIRECTION = 40
@@ -441,7 +443,9 @@ class JobState:
                 progress.devices.add(row.device)
 
     def _forget(self) -> None:
-        """Drop what is past the lateness bound."""
-        oldest = self.round - self.spec.pacing.lateness_rounds
-        for number in [number for number in self.rounds if number < oldest]:
-            del self.rounds[number]
+        """Drop what is past the lateness bound; of evaluated rounds, only what probes need."""
+        for number, record in list(self.rounds.items()):
+            age = self.round - number
+            record.expired = age > self.spec.pacing.lateness_rounds
+            if record.expired and (age > EVALUATION_ROUNDS or not record.opened.evaluate):
+                del self.rounds[number]

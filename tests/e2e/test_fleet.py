@@ -57,6 +57,7 @@ async def test_a_fleet_learns_and_everyone_ends_at_one_digest(tmp_path: Path) ->
             closes = [e for e in events if isinstance(e, RoundClosed) and e.commit]
             assert len(closes) == rounds
             evaluated = [e for e in events if isinstance(e, AdapterEvaluated)]
+            evaluated.sort(key=lambda event: event.round)
             assert evaluated[-1].loss < evaluated[0].loss
             end = events[-1]
             assert isinstance(end, JobEnded)

@@ -274,6 +274,17 @@ def test_past_the_lateness_bound_an_update_is_settled_without_effect() -> None:
     assert len(run.detail) == before
 
 
+def test_a_slow_evaluation_is_welcome_when_a_probe_of_its_round_is_too_late() -> None:
+    run = Run(a_job(rounds=9, evaluate_every=1))
+    first = run.opened
+    for _ in range(9):
+        run.send(a_probe(run.opened, "a"), a_probe(run.opened, "b", first=8))
+    assert run.opened.kind == "evaluate"
+    outcomes = run.send(an_evaluation(first, "slow"), a_probe(first, "late"))
+    assert words(outcomes) == ["folded", "too_late"]
+    assert words(run.send(an_evaluation(first, "slow"))) == ["duplicate"]
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
