@@ -4,35 +4,19 @@ import sys
 
 from services.scheduler.config import Settings
 from services.scheduler.service import Scheduler
-from shared import config, logs, nats_bus
+from shared import nats_bus
 from shared.clock import SystemClock
-from shared.errors import ConfigError
-from shared.runtime import EXIT_CONFIG, Stop, run
+from shared.runtime import Stop
+from shared.service import main
 
 
-def main() -> int:
+async def serve(settings: Settings, stop: Stop) -> None:
+    bus = await nats_bus.connect(list(settings.servers), name="scheduler")
     try:
-        settings = config.load(
-            Settings,
-            program="seedwire-scheduler",
-            prefix="SEEDWIRE_SCHEDULER",
-            argv=sys.argv[1:],
-        )
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201 - the log is not configured yet
-        return EXIT_CONFIG
-    logs.configure("scheduler", level=settings.log_level)
-    logs.get("scheduler").info("settings", **config.shown(settings))
-
-    async def serve(stop: Stop) -> None:
-        bus = await nats_bus.connect(list(settings.servers), name="scheduler")
-        try:
-            await Scheduler(bus, bus, settings, SystemClock()).serve(stop)
-        finally:
-            await bus.close()
-
-    return run(serve)
+        await Scheduler(bus, bus, settings, SystemClock()).serve(stop)
+    finally:
+        await bus.close()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(Settings, "scheduler", serve))

@@ -2,22 +2,14 @@
 
 from typing import Annotated
 
-import msgspec
 from msgspec import Meta
 
+from shared.service import ServiceSettings
 
-class Settings(msgspec.Struct, frozen=True):
+
+class Settings(ServiceSettings, frozen=True):
     """The scheduler: decides which device measures what."""
 
-    servers: Annotated[
-        tuple[str, ...],
-        Meta(
-            description="Addresses of the broker, nats:// or tls://; more than one for a cluster."
-        ),
-    ] = ("nats://127.0.0.1:4222",)
-    log_level: Annotated[
-        str, Meta(description="What is logged, on stderr: debug, info, warning or error.")
-    ] = "info"
     report_every_s: Annotated[
         float, Meta(gt=0, description="Seconds between two reports of its counters to telemetry.")
     ] = 10.0

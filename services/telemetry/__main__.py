@@ -10,34 +10,18 @@ from aiohttp import web
 from services.telemetry.config import Settings
 from services.telemetry.http import Pages
 from services.telemetry.service import Observer
-from shared import config, logs
+from shared import logs
 from shared.errors import ConfigError
-from shared.runtime import EXIT_CONFIG, Stop, run
+from shared.runtime import Stop
+from shared.service import main
 
 
-def main() -> int:
-    """Run until told to stop; the exit code."""
-    try:
-        settings = config.load(
-            Settings,
-            program="seedwire-telemetry",
-            prefix="SEEDWIRE_TELEMETRY",
-            argv=sys.argv[1:],
-        )
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201 - the log is not configured yet
-        return EXIT_CONFIG
-    logs.configure("telemetry", level=settings.log_level)
-    logs.get("telemetry").info("settings", **config.shown(settings))
-
-    async def serve(stop: Stop) -> None:
-        observer = Observer()
-        async with serving(observer, settings.host, settings.port), asyncio.TaskGroup() as tasks:
-            observing = tasks.create_task(observer.run(list(settings.servers)))
-            await stop.wait()
-            observing.cancel()
-
-    return run(serve)
+async def serve(settings: Settings, stop: Stop) -> None:
+    observer = Observer()
+    async with serving(observer, settings.host, settings.port), asyncio.TaskGroup() as tasks:
+        observing = tasks.create_task(observer.run(list(settings.servers)))
+        await stop.wait()
+        observing.cancel()
 
 
 @asynccontextmanager
@@ -64,4 +48,4 @@ async def serving(observer: Observer, host: str, port: int) -> AsyncGenerator[in
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(Settings, "telemetry", serve))
