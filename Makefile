@@ -3,6 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 LABELS ?= true
+HOW ?= exact
 NAME ?= wire
 
 help:                  ## list the targets
@@ -15,8 +16,8 @@ setup: .venv/ready     ## make .venv with everything the other targets need
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: setup            ## tune a model with eight devices on this machine (LABELS=shuffled: the control)
-	$(BIN)/python -m deploy.demo --labels $(LABELS)
+demo: setup            ## tune a model with eight devices here (LABELS=shuffled: the control; HOW=probe)
+	$(BIN)/python -m deploy.demo --labels $(LABELS) --how $(HOW)
 
 test: setup            ## all tests a newcomer's machine can run
 	$(BIN)/python -m pytest

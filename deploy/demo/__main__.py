@@ -42,6 +42,8 @@ BEHIND_BAD_LINKS = (3, 5, 7)
 KILLED = 6
 KILLED_FOR_S = 5.0
 MODEL = ROOT / "deploy" / "demo" / "model" / "seedwire-demo-q8_0.gguf"
+ROUNDS = {"exact": 120, "probe": 12}
+"""By how slopes are measured; the job's other settings are in `<how>.toml`."""
 TUNING_LIMIT_S = 480.0
 CATCH_UP_S = 60.0
 
@@ -94,7 +96,7 @@ class Demo:
         return sum(link.bytes_down for link in self.links)
 
 
-async def run(labels: str, rounds: int, build: Path) -> int:
+async def run(labels: str, how: str, build: Path) -> int:
     """The whole demo; the exit code says whether everything held."""
     console = Console()
     folder = build / "demo"
@@ -123,7 +125,7 @@ async def run(labels: str, rounds: int, build: Path) -> int:
                 f"[bold]Running[/] nats-server, {len(demo.services)} services and {DEVICES} devices"
                 f" ({len(BEHIND_BAD_LINKS)} behind bad links); logs in {folder / 'logs'}"
             )
-            outcome = await tune(demo, broker.url, rounds)
+            outcome = await tune(demo, broker.url, how)
         finally:
             for child in [*demo.devices, *demo.services]:
                 if child.process is not None:
@@ -139,17 +141,17 @@ async def run(labels: str, rounds: int, build: Path) -> int:
     return 1 if problems else 0
 
 
-async def tune(demo: Demo, url: str, rounds: int) -> Outcome:
+async def tune(demo: Demo, url: str, how: str) -> Outcome:
     """Submit the job, watch it to its end, and let the witness speak."""
     bus = await nats_bus.connect([url], name="demo")
     try:
         async with asyncio.TaskGroup() as tasks:
             reports = tasks.create_task(hear_reports(demo, bus))
-            await submit(demo, url, rounds)
+            await submit(url, how)
             began = time.monotonic()
             try:
                 async with asyncio.timeout(TUNING_LIMIT_S):
-                    await watch(demo, bus, rounds)
+                    await watch(demo, bus, ROUNDS[how])
             except TimeoutError:
                 logs = demo.folder / "logs"
                 raise SystemExit(
@@ -182,14 +184,14 @@ async def tune(demo: Demo, url: str, rounds: int) -> Outcome:
     )
 
 
-async def submit(demo: Demo, url: str, rounds: int) -> None:
+async def submit(url: str, how: str) -> None:
     """Submit the job with the operator's own command."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         *("-m", "services.console", "job", "submit", "--servers", url),
-        *("--name", JOB, "--model", str(MODEL), "--spec", str(ROOT / "deploy/demo/job.toml")),
+        *("--name", JOB, "--model", str(MODEL), "--spec", str(ROOT / f"deploy/demo/{how}.toml")),
         *("--template", families.PROMPT_TEMPLATE, "--labels", ",".join(families.FAMILIES)),
-        *("--rounds", str(rounds)),
+        *("--rounds", str(ROUNDS[how])),
         cwd=ROOT,
     )
     if await process.wait():
@@ -267,11 +269,11 @@ async def caught_up(demo: Demo) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
     parser.add_argument("--labels", choices=["true", "shuffled"], default="true")
-    parser.add_argument("--rounds", type=int, default=120)
+    parser.add_argument("--how", choices=list(ROUNDS), default="exact")
     parser.add_argument("--build", type=Path, default=ROOT / "build", help="where all of it goes")
     arguments = parser.parse_args()
     configure("demo", level="error")
-    return asyncio.run(run(arguments.labels, arguments.rounds, arguments.build))
+    return asyncio.run(run(arguments.labels, arguments.how, arguments.build))
 
 
 if __name__ == "__main__":
