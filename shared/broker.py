@@ -6,6 +6,7 @@ Production points at a cluster instead.
 import asyncio
 import contextlib
 import os
+import re
 import shutil
 import signal
 import sys
@@ -15,11 +16,13 @@ from pathlib import Path
 
 from shared.errors import ConfigError, TransientError
 from shared.logs import get
+from shared.orphans import ends_with_parent
 
 BINARY = "nats-server"
 READY = b"Server is ready"
 LISTENING = b"Listening for client connections on "
-LAST_WORDS = 20
+
+_COMPLAINT = re.compile(r"\[(?:ERR|FTL)\].*")
 
 _log = get("broker")
 
@@ -53,13 +56,22 @@ jetstream {{
 class BrokerProcess:
     """One nats-server: started, stopped, killed and started again with the same store and port."""
 
-    def __init__(self, store_dir: Path, *, host: str = "127.0.0.1", port: int = 0) -> None:
+    def __init__(
+        self,
+        store_dir: Path,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        inherits: tuple[int, ...] = (),
+    ) -> None:
+        """`inherits`: file descriptors that the server holds open while it runs."""
         self.host = host
         self.port = port
         self._store_dir = store_dir.resolve()
         self._process: asyncio.subprocess.Process | None = None
         self._reader: asyncio.Task[None] | None = None
-        self._last_words: list[bytes] = []
+        self._inherits = inherits
+        self._last_words = ""
 
     @property
     def url(self) -> str:
@@ -73,7 +85,7 @@ class BrokerProcess:
         """It takes connections; on port 0 it has chosen one, and keeps it.
 
         Raises:
-            ConfigError: it does not start; the text has its last words.
+            ConfigError: it does not start; the text has its complaint.
         """
         binary = find_binary()
         self._store_dir.mkdir(parents=True, exist_ok=True)
@@ -83,10 +95,12 @@ class BrokerProcess:
         self._process = process = await asyncio.create_subprocess_exec(
             *(str(binary), "--config", str(config)),
             stderr=asyncio.subprocess.PIPE,
+            pass_fds=self._inherits,
             start_new_session=True,  # Ctrl-C comes to us alone: the broker is stopped last
+            preexec_fn=ends_with_parent(),
         )
         assert process.stderr is not None
-        self._last_words = []
+        self._last_words = ""
         ready = asyncio.Event()
         self._reader = asyncio.create_task(self._read(process.stderr, ready), name="broker's log")
         try:
@@ -100,8 +114,9 @@ class BrokerProcess:
             raise
         if process.returncode is not None or self._reader.done():
             await self.kill()
-            words = b"".join(self._last_words).decode(errors="replace")
-            raise ConfigError(f"nats-server did not start on {self.host}:{self.port}: {words}")
+            raise ConfigError(
+                f"nats-server did not start on {self.host}:{self.port}: {self._last_words}"
+            )
         _log.info("broker_started", url=self.url, store=str(self._store_dir))
 
     async def stop(self, *, timeout_s: float = 15.0) -> None:
@@ -134,14 +149,18 @@ class BrokerProcess:
 
     async def _read(self, lines: asyncio.StreamReader, ready: asyncio.Event) -> None:
         """Follow its log to the end, which is also the end of the process."""
+        complained = False
         async for line in lines:
-            self._last_words = [*self._last_words[-LAST_WORDS + 1 :], line]
             if LISTENING in line:
                 self.port = int(line.rsplit(b":", 1)[1])
             if READY in line:
                 ready.set()
-            if b"[ERR]" in line or b"[FTL]" in line:
-                _log.warning("broker_complains", line=line.decode(errors="replace").strip())
+            text = line.decode(errors="replace").strip()
+            if complaint := _COMPLAINT.search(text):
+                complained, self._last_words = True, complaint[0]
+                _log.warning("broker_complains", line=text)
+            elif not complained:
+                self._last_words = text
         ready.set()
 
 

@@ -6,11 +6,12 @@ from typing import Annotated, Literal
 import typer
 
 from services.console import blob_commands, job_commands, listing, options
-from services.console.failure import EXIT_FAILURE, EXIT_USAGE, Usage, told
+from services.console.addresses import HOST
+from services.console.failure import EXIT_CONFIG, EXIT_FAILURE, EXIT_USAGE, Usage, told
 from services.console.job_commands import LOCAL, console, talk
-from services.console.up import HOST, Plan, up
+from services.console.up import Plan, up
 from shared import logs
-from shared.errors import TransientError
+from shared.errors import ConfigError, TransientError
 from shared.nats_bus import NatsBus
 from shared.runtime import Stop, project_version, run
 
@@ -80,14 +81,21 @@ def up_command(
         state_dir, port, telemetry_port, devices, heldout, tuple(models or []), engine, host
     )
 
-    async def main(stop: Stop) -> None:
-        await up(plan, stop, lambda text: console.print(text, highlight=False, soft_wrap=True))
+    failed = 0
 
-    try:
-        code = run(main, drain_s=60.0)
-    except TransientError as error:
-        code = told(error, EXIT_FAILURE)
-    raise typer.Exit(code)
+    async def main(stop: Stop) -> None:
+        nonlocal failed
+        try:
+            await up(plan, stop, lambda text: console.print(text, highlight=False, soft_wrap=True))
+        except* ConfigError as group:  # not left to `run`, which logs it too: here both are stderr
+            for error in group.exceptions:
+                failed = told(error, EXIT_CONFIG)
+        except* TransientError as group:
+            for error in group.exceptions:
+                failed = told(error, EXIT_FAILURE)
+
+    code = run(main, drain_s=60.0)
+    raise typer.Exit(code or failed)
 
 
 @app.command("devices")

@@ -1,5 +1,6 @@
-"""`seedwire blob ...`: put a model into the blob store apart from a job."""
+"""`seedwire blob ...`: files into the fleet's store and out of it, apart from a job."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -8,8 +9,10 @@ import typer
 from services.console import options
 from services.console.failure import Usage
 from services.console.job_commands import LOCAL, console, talk
-from services.console.submit import upload
+from services.console.transfer import download, upload
 from shared.nats_bus import NatsBus
+
+DIGEST = re.compile(r"^[0-9a-f]{64}$")
 
 commands = typer.Typer(no_args_is_help=True, help="Files in the fleet's store.")
 
@@ -30,5 +33,24 @@ def put_blob(
             raise Usage(f"there is no file {file}")
         ref = await upload(bus, file, console)
         console.print(ref.digest)
+
+    talk(servers, work)
+
+
+@commands.command("get")
+def get_blob(
+    digest: Annotated[str, typer.Argument(help="As `blob put` or a watched job's end names it.")],
+    file: Annotated[Path, typer.Argument(help="Where to put it; is replaced if it is there.")],
+    servers: options.Servers = LOCAL,
+) -> None:
+    """Download a file, such as a job's snapshot; what an earlier attempt got is kept."""
+
+    async def work(bus: NatsBus) -> None:
+        if not DIGEST.match(digest):
+            raise Usage(f"{digest!r} is no digest: 64 of 0-9 a-f")
+        if file.is_dir():
+            raise Usage(f"{file} is a directory: name a file")
+        ref = await download(bus, digest, file, console)
+        console.print(f"{file}: {ref.size_bytes:,} bytes", highlight=False, soft_wrap=True)
 
     talk(servers, work)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from shared.clock import backoff_s
 from shared.errors import ConfigError
+from shared.orphans import ends_with_parent
 from shared.runtime import EXIT_CONFIG, Stop
 
 DRAIN_S = 25.0
@@ -35,6 +36,8 @@ class Supervisor:
     logs: Path
     stop: Stop
     say: Callable[[str], None]
+    inherits: tuple[int, ...] = ()
+    """File descriptors that the programs hold open while they run."""
 
     async def keep(self, program: Program) -> None:
         """Run `program` until the stop, again whenever it ends before.
@@ -78,7 +81,9 @@ class Supervisor:
                 stdout=log,
                 stderr=log,
                 env={**os.environ, "PYTHONPATH": python_path},
+                pass_fds=self.inherits,
                 start_new_session=True,  # Ctrl-C comes to us alone: we say when to drain
+                preexec_fn=ends_with_parent(),
             )
         ended = asyncio.ensure_future(process.wait())
         stopped = asyncio.ensure_future(self.stop.wait())

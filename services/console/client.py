@@ -7,16 +7,26 @@ from typing import TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from services.console.failure import EXIT_UNREACHABLE, Failure
-from shared import nats_bus
+from shared import nats_bus, subjects
 from shared.bus import Bus
 from shared.codec import decode, encode
 from shared.errors import MalformedMessage, TransientError
+from shared.jetstream_api import NoResponders
 from shared.messages import Message, Refused
 
 Answer = TypeVar("Answer", bound=Message)
 
 CONNECT_S = 5.0
 ANSWER_S = 15.0
+START_S = 5.0
+"""How long a service that is starting may leave its subjects unserved."""
+
+
+class Unanswered(Failure):
+    """A service does not answer."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text, code=EXIT_UNREACHABLE)
 
 
 @asynccontextmanager
@@ -24,34 +34,39 @@ async def connected(servers: list[str]) -> AsyncGenerator[nats_bus.NatsBus]:
     """A bus to one of `servers`, closed at the end.
 
     Raises:
-        Failure: none of them answers.
+        Failure: none of them answers, or a service that was asked something did not.
     """
+    addresses = ", ".join(map(shown, servers))
     try:
         async with asyncio.timeout(CONNECT_S):
             bus = await nats_bus.connect(servers, name="console")
     except TimeoutError as error:
         raise Failure(
-            f"no broker lets us in at {', '.join(map(shown, servers))}; start one with "
+            f"no broker lets us in at {addresses}; start one with "
             "`seedwire up`, or name yours with --servers or SEEDWIRE_SERVERS",
             code=EXIT_UNREACHABLE,
         ) from error
     try:
         yield bus
+    except Unanswered as error:
+        raise Unanswered(f"{error} at {addresses}; is `seedwire up` running?") from error
     finally:
         await bus.close()
 
 
 async def ask(bus: Bus, subject: str, message: Message, expected: type[Answer]) -> Answer:
-    """A service's answer.
+    """A service's answer; one that is just starting is waited for.
 
     Raises:
-        Failure: it refused, nobody serves the subject, or the answer cannot be read.
+        Unanswered: nobody serves the subject, or not in time.
+        Failure: it refused, or the answer cannot be read.
     """
     try:
-        data = await bus.request(subject, encode(message), timeout_s=ANSWER_S)
+        data = await _answer(bus, subject, encode(message))
         answer = decode(data, Message)
     except TransientError as error:
-        raise Failure(str(error)) from error
+        service = "scheduler" if subject == subjects.DEVICE_LIST else "aggregator"
+        raise Unanswered(f"the {service} does not answer") from error
     except MalformedMessage as error:
         raise Failure(f"an answer that cannot be read (another version?): {error}") from error
     if isinstance(answer, Refused):
@@ -59,6 +74,18 @@ async def ask(bus: Bus, subject: str, message: Message, expected: type[Answer]) 
     if not isinstance(answer, expected):
         raise Failure(f"a {type(answer).__name__} for an answer to {type(message).__name__}")
     return answer
+
+
+async def _answer(bus: Bus, subject: str, data: bytes) -> bytes:
+    loop = asyncio.get_running_loop()
+    patient_until = loop.time() + START_S
+    while True:
+        try:
+            return await bus.request(subject, data, timeout_s=ANSWER_S)
+        except NoResponders:
+            if loop.time() >= patient_until:
+                raise
+            await asyncio.sleep(0.2)
 
 
 def shown(server: str) -> str:

@@ -5,6 +5,7 @@ mend, before anything is uploaded.
 """
 
 import re
+import shlex
 from typing import Annotated, Literal
 
 import msgspec
@@ -92,11 +93,12 @@ def label_rows(facts: Facts, labels: dict[str, str]) -> list[int]:
         Failure: two words begin with the same token, so that the model cannot tell them apart.
     """
     seen: dict[int, str] = {}
-    for word, token in zip(labels.values(), facts.tokens, strict=True):
+    for (label, word), token in zip(labels.items(), facts.tokens, strict=True):
         if token in seen:
             raise Failure(
                 f"the label words {seen[token]!r} and {word!r} begin with the same token of this "
-                "model; choose other words: --labels label=word"
+                f"model: add another word, --labels {shlex.quote(f'{label}=WORD')}, to "
+                "--labels-from, or to the --labels there are"
             )
         seen[token] = word
     return list(seen)

@@ -22,14 +22,18 @@ Labels = Annotated[
         metavar="LABEL=WORD,...",
         help="Labels of the rows and the word that stands for each; a label alone is its own "
         "word. With labels the loss compares the words' first tokens. A space is put before a "
-        "word unless the template ends in one.",
+        "word unless the template ends in one. With --labels-from: other words for some of the "
+        "labels there.",
         rich_help_panel=JOB,
     ),
 ]
 LabelsFrom = Annotated[
     Path | None,
     typer.Option(
-        metavar="FILE", help="Take the labels from this JSONL file's rows.", rich_help_panel=JOB
+        metavar="FILE",
+        help="Take the labels from this JSONL file's rows, each its own word unless --labels "
+        "names another.",
+        rich_help_panel=JOB,
     ),
 ]
 Template = Annotated[

@@ -44,20 +44,33 @@ class Progress:
     updates: int = 0
     devices: int = 0
     reason: str = ""
+    has_answers: bool = True
+    """Whether the task has right answers, so that an accuracy means something."""
+    final: bool = False
+    """The round measures the adapter as it will stay."""
+    news: bool = False
+    """Held-out figures came with the round that has just closed."""
     loss: float | None = None
     first_loss: float | None = None
     first: Measured | None = None
     last: Measured | None = None
     published: ModelPublished | None = None
     ended: JobEnded | None = None
+    _measured: bool = False
+
+    @property
+    def untouched(self) -> bool:
+        """No device has sent anything yet."""
+        return not self.updates and self.last is None
 
     def evolve(self, event: LogEvent) -> None:
         """Take in one fact of the job's log."""
         match event:
             case JobOpened():
                 self.rounds = event.spec.tuning.rounds
+                self.has_answers = event.spec.task.loss != "tokens"
             case RoundOpened():
-                self.round = event.round
+                self.round, self.final = event.round, event.kind == "evaluate"
             case RoundClosed():
                 self._close(event)
             case AdapterEvaluated():
@@ -71,13 +84,16 @@ class Progress:
 
     def line(self) -> str:
         """The state of things in some fifty characters."""
-        parts = [f"loss {_number(self.loss)}"]
-        if self.last is not None and self.last.accuracy is not None:
-            parts.append(f"accuracy {self.last.accuracy:.1%}")
-        if self.last is not None:
-            parts.append(f"held-out loss {_number(self.last.loss)}")
-        parts.append(f"{self.devices} {'device' if self.devices == 1 else 'devices'}")
-        return ", ".join(parts) + (f" ({self.reason})" if self.reason else "")
+        parts = [f"loss {_number(self.loss)}", *self._held_out()]
+        return ", ".join([*parts, "final evaluation" if self.final else self._came()])
+
+    def close_line(self) -> str:
+        """What the round that has just closed brought; held-out figures only where they are new."""
+        new = self._held_out() if self.news else []
+        if self.final:
+            return f"final evaluation: {', '.join(new) or 'none came'}"
+        parts = [f"loss {_number(self.loss)}", *new, self._came()]
+        return f"round {self.round}: {', '.join(parts)}"
 
     def summary(self) -> list[tuple[str, str]]:
         """What came of it, as rows of a table."""
@@ -85,12 +101,13 @@ class Progress:
         if self.ended is not None:
             rows.insert(0, ("ended", self.ended.reason))
         rows.append(("updates counted", str(self.updates)))
-        rows.append(("devices' loss", f"{_number(self.first_loss)} -> {_number(self.loss)}"))
         if self.first is not None and self.last is not None:
             before, after = self.first, self.last
-            if before.accuracy is not None and after.accuracy is not None:
+            if self.has_answers and before.accuracy is not None and after.accuracy is not None:
                 rows.append(("held-out accuracy", f"{before.accuracy:.1%} -> {after.accuracy:.1%}"))
             rows.append(("held-out loss", f"{_number(before.loss)} -> {_number(after.loss)}"))
+        else:  # of batches that differ from round to round: says less
+            rows.append(("devices' loss", f"{_number(self.first_loss)} -> {_number(self.loss)}"))
         if self.published is not None:
             rows.append(("adapter", self.published.digest))
             rows.append(("snapshot blob", self.published.snapshot.digest))
@@ -99,7 +116,8 @@ class Progress:
         return rows
 
     def _close(self, event: RoundClosed) -> None:
-        self.reason, self.devices = event.reason, event.devices
+        self.round, self.reason, self.devices = event.round, event.reason, event.devices
+        self.news, self._measured = self._measured, False
         self.updates += event.updates + event.late
         self.abandoned += event.reason == "abandoned"
         self.closed += event.commit is not None
@@ -117,8 +135,21 @@ class Progress:
         self.last.correct += event.correct
         self.last.weight += event.weight
         self.last.summed += event.loss
+        self._measured = True
         if self.first is None:
             self.first = self.last
+
+    def _held_out(self) -> list[str]:
+        if self.last is None:
+            return []
+        loss = f"held-out loss {_number(self.last.loss)}"
+        if self.last.accuracy is None or not self.has_answers:
+            return [loss]
+        return [f"accuracy {self.last.accuracy:.1%}", loss]
+
+    def _came(self) -> str:
+        came = f"{self.devices} {'device' if self.devices == 1 else 'devices'}"
+        return f"{came} ({self.reason})" if self.reason else came
 
     def _abandoned(self) -> str:
         return f", {self.abandoned} abandoned" if self.abandoned else ""

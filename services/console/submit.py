@@ -1,31 +1,25 @@
 """A job on its way: look into the model, build the manifest, upload, ask the aggregator."""
 
-import asyncio
-import contextlib
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn
-from rich.progress import Progress as Bar
 
 from services.console.client import ask
 from services.console.failure import Failure, Usage
 from services.console.manifest import manifest
 from services.console.spec import Wanted
-from shared import blobs, subjects
-from shared.bus import Link, Streams
+from services.console.transfer import digest, upload
+from shared import subjects
+from shared.bus import Link
 from shared.codec import MAX_MESSAGE_BYTES, encode, encode_manifest
 from shared.engine.process import EngineProcess
 from shared.engine.protocol import Facts, Inspect
-from shared.errors import TransientError
-from shared.messages import BlobRef, JobAccepted, Manifest, SubmitJob, Variant
+from shared.messages import JobAccepted, JobsListed, ListJobs, Manifest, SubmitJob, Variant
 
 INSPECT_S = 120.0
-MEASURE_S = 1.0
-COLUMNS = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +51,7 @@ async def submit(bus: Link, submission: Submission, console: Console) -> None:
     Raises:
         Failure: the model cannot carry it, the upload failed, or the aggregator refused.
     """
+    await ask(bus, subjects.JOB_LIST, ListJobs(), JobsListed)  # it is there, and so is the store
     facts = await inspect(submission)
     task = submission.wanted.spec.task
     ref = await digest(submission.model, console)
@@ -112,41 +107,3 @@ def described(facts: Facts, made: Manifest, labels: dict[str, str]) -> str:
         words = [f"{label} as {word!r} (token {token})" for (label, word), token in pairs]
         lines.append(f"labels: {', '.join(words)}")
     return "\n".join(lines)
-
-
-async def digest(file: Path, console: Console) -> BlobRef:
-    """The file's digest and size."""
-    with console.status(f"reading {file.name}"):
-        return await asyncio.to_thread(blobs.reference, file)
-
-
-async def upload(streams: Streams, file: Path, console: Console) -> BlobRef:
-    """The file is in the blob store; what an earlier attempt left there is not sent again.
-
-    Raises:
-        Failure: the link failed.
-    """
-    ref = await digest(file, console)
-    failed: TransientError | None = None
-    with Bar(*COLUMNS, console=console, transient=True) as bar:
-        async with asyncio.TaskGroup() as tasks:
-            meter = tasks.create_task(_measure(streams, ref, bar))
-            try:
-                await blobs.put(streams, file)
-            except TransientError as error:
-                failed = error
-            meter.cancel()
-    if failed is not None:
-        raise Failure(f"the upload stopped: {failed}; the same command goes on with it") from failed
-    return ref
-
-
-async def _measure(streams: Streams, ref: BlobRef, bar: Bar) -> None:
-    """Show how much of the blob is in the store, until cancelled."""
-    task = bar.add_task("uploading", total=ref.size_bytes)
-    chunks = subjects.ALL_BLOBS.replace("*", ref.digest, 1)
-    while True:
-        with contextlib.suppress(TransientError):
-            present = len(await streams.subjects(subjects.BLOBS_STREAM, chunks))
-            bar.update(task, completed=min(present * blobs.CHUNK_BYTES, ref.size_bytes))
-        await asyncio.sleep(MEASURE_S)

@@ -2,12 +2,13 @@
 
 import asyncio
 import contextlib
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from services.console.addresses import EVERYWHERE, HOST, check_free, free_port, outward_address
 from services.console.children import Program, Supervisor
+from services.console.state_lock import locked
 from shared import nats_bus, subjects
 from shared.broker import BrokerProcess
 from shared.clock import backoff_s
@@ -16,8 +17,6 @@ from shared.errors import ConfigError, TransientError
 from shared.messages import ListDevices, ListJobs, Message
 from shared.runtime import Stop
 
-HOST = "127.0.0.1"
-EVERYWHERE = "0.0.0.0"  # noqa: S104 - only where the operator says so
 READY_S = 60.0
 
 
@@ -86,11 +85,19 @@ async def up(plan: Plan, stop: Stop, say: Callable[[str], None]) -> None:
         ConfigError: something cannot run as configured; all else has been drained.
     """
     plan.check()
-    plan.state_dir.mkdir(parents=True, exist_ok=True)
-    broker = BrokerProcess(plan.state_dir / "broker", host=plan.host, port=plan.port)
+    async with locked(plan.state_dir, say) as held:
+        check_free(plan.host, plan.port, "--port")
+        check_free(HOST, plan.telemetry_port, "--telemetry-port")
+        await _run(plan, held, stop, say)
+
+
+async def _run(plan: Plan, held: int, stop: Stop, say: Callable[[str], None]) -> None:
+    """Broker and programs run until the stop; each inherits the descriptor `held`."""
+    store = plan.state_dir / "broker"
+    broker = BrokerProcess(store, host=plan.host, port=plan.port, inherits=(held,))
     await broker.start()
     url = f"nats://{HOST if plan.host == EVERYWHERE else plan.host}:{broker.port}"
-    supervisor = Supervisor(plan.state_dir / "logs", stop, say)
+    supervisor = Supervisor(plan.state_dir / "logs", stop, say, (held,))
     telemetry_port = plan.telemetry_port or free_port()
     try:
         async with asyncio.TaskGroup() as tasks:
@@ -139,8 +146,10 @@ async def _announce(plan: Plan, url: str, telemetry_port: int, say: Callable[[st
         await bus.close()
     option = "" if plan.port == 4222 else f" --servers {url}"
     example = next(iter(plan.devices.values()), Path("data.jsonl"))
+    port = url.rpartition(":")[2]
+    devices = f"devices    nats://{outward_address()}:{port}\n" if plan.host == EVERYWHERE else ""
     say(
-        f"broker     {url}\n"
+        f"broker     {url}\n{devices}"
         f"telemetry  http://{HOST}:{telemetry_port}/metrics, /jobs, /devices\n"
         f"logs       {plan.state_dir / 'logs'}\n"
         f"next:      seedwire devices{option}\n"
@@ -158,11 +167,3 @@ async def _answered(bus: nats_bus.NatsBus, subject: str, question: Message) -> N
             await asyncio.sleep(0.2)
         else:
             return
-
-
-def free_port() -> int:
-    """A port of this host that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port

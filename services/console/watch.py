@@ -1,5 +1,7 @@
 """A job as it goes: a bar for people, a line a round where nobody looks, JSON for programs."""
 
+import asyncio
+import contextlib
 import sys
 from collections.abc import Callable
 from contextlib import aclosing
@@ -10,16 +12,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from services.console import listing
 from services.console.client import ask
 from services.console.failure import Failure
 from services.console.progress import Progress
 from shared import subjects
-from shared.bus import Link
+from shared.bus import Bus, Link
 from shared.errors import TransientError
+from shared.jetstream_api import NoResponders
 from shared.log import follow
 from shared.messages import JobsListed, ListJobs, LogEvent, RoundClosed
 
 CHECK_S = 5.0
+QUIET_S = 8.0
+"""After so long without a word from any device, and then as often, it is asked why."""
 
 
 async def watch(bus: Link, job: str, *, as_json: bool, console: Console) -> Progress:
@@ -32,14 +38,21 @@ async def watch(bus: Link, job: str, *, as_json: bool, console: Console) -> Prog
     progress = Progress(job)
     if as_json:
         await _take(bus, progress, _print_json)
-    elif console.is_terminal:
-        await _with_bar(bus, progress, console)
     else:
-        await _take(bus, progress, lambda event: _print_round(event, progress, console))
+        async with asyncio.TaskGroup() as tasks:
+            explaining = tasks.create_task(_explain(bus, progress, console))
+            if console.is_terminal:
+                await _with_bar(bus, progress, console)
+            else:
+                await _take(bus, progress, lambda event: _print_round(event, progress, console))
+            explaining.cancel()
     if progress.ended is None:
         raise Failure(f"the connection ended before job {job} did")
     if not as_json:
         console.print(summary(progress))
+        if progress.published is not None:  # in one line, to be copied
+            digest = progress.published.snapshot.digest
+            console.print(f"seedwire blob get {digest} {job}.snapshot", soft_wrap=True)
     return progress
 
 
@@ -87,7 +100,36 @@ async def _with_bar(bus: Link, progress: Progress, console: Console) -> None:
 
 def _print_round(event: LogEvent, progress: Progress, console: Console) -> None:
     if isinstance(event, RoundClosed):
-        console.print(f"{progress.job} round {event.round}: {progress.line()}", soft_wrap=True)
+        console.print(f"{progress.job} {progress.close_line()}", soft_wrap=True)
+
+
+async def _explain(bus: Bus, progress: Progress, console: Console) -> None:
+    """Until the first device has sent something, say what keeps them, whenever that changes."""
+    said = ""
+    while True:
+        await asyncio.sleep(QUIET_S)
+        if not progress.untouched:
+            return
+        why = await _why_quiet(bus)
+        if why != said and progress.untouched:
+            console.print(f"no device has sent anything yet: {why}", soft_wrap=True, markup=False)
+            said = why
+
+
+async def _why_quiet(bus: Bus) -> str:
+    try:
+        devices = await listing.known(bus)
+    except Failure as failure:
+        return str(failure)
+    troubled = [device for device in devices if device.problem]
+    parts = [
+        f"{len(devices)} known",
+        f"{sum(bool(device.doing) for device in devices)} at work",
+        f"{len(troubled)} with a problem",
+    ]
+    if troubled:
+        parts[-1] += f", e.g. {troubled[0].device}: {troubled[0].problem}"
+    return f"{', '.join(parts)}; see `seedwire devices`"
 
 
 def _print_json(event: LogEvent) -> None:
@@ -97,8 +139,9 @@ def _print_json(event: LogEvent) -> None:
 
 async def _must_exist(bus: Link, job: str) -> None:
     try:
-        if await bus.get_last(subjects.LOG_STREAM, subjects.log(job)) is not None:
-            return
+        with contextlib.suppress(NoResponders):  # no aggregator has been there to make the log
+            if await bus.get_last(subjects.LOG_STREAM, subjects.log(job)) is not None:
+                return
     except TransientError as error:
         raise Failure(f"the job log cannot be read: {error}") from error
     listed = await ask(bus, subjects.JOB_LIST, ListJobs(), JobsListed)

@@ -13,10 +13,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from aiohttp import ClientSession
 
 from services.console.failure import EXIT_FAILURE
+from shared.blobs import reference
 from shared.runtime import EXIT_CONFIG
 from tests.support.waiting import wait_until
 
@@ -100,14 +102,14 @@ def some_data(path: Path, *, rows: int) -> Path:
     return path
 
 
-def children_of(process: asyncio.subprocess.Process, module: str) -> list[int]:
-    """Process ids of the service `module` that `process` has started."""
+def children_of(process: asyncio.subprocess.Process, module: str = "") -> list[int]:
+    """Process ids of what `process` has started: all, or the service `module`."""
     found: list[int] = []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError, IndexError):
             parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
             command = (entry / "cmdline").read_bytes().decode().split("\0")
-            if parent == process.pid and module in command:
+            if parent == process.pid and (not module or module in command):
                 found.append(int(entry.name))
     return found
 
@@ -141,7 +143,12 @@ async def test_a_newcomer_starts_everything_tunes_a_model_and_stops(tmp_path: Pa
         code, output = await seedwire("job", "stop", "demo", *at)
         assert (code, "demo" in output) == (EXIT_FAILURE, True), output
         code, output = await seedwire("job", "watch", "demo", "--json", *at)
-        assert json.loads(output.splitlines()[-1])["type"] == "JobEnded"
+        events = [json.loads(line) for line in output.splitlines()]
+        assert events[-1]["type"] == "JobEnded"
+        (*_, snapshot) = (one["snapshot"] for one in events if one["type"] == "ModelPublished")
+        code, output = await seedwire("blob", "get", snapshot["digest"], str(tmp_path / "s"), *at)
+        assert code == 0, output
+        assert msgspec.to_builtins(reference(tmp_path / "s")) == snapshot
 
         job = await shown_job(telemetry)
         assert (job["status"], len(job["rounds"])) == ("ended", 101)
@@ -151,13 +158,52 @@ async def test_a_newcomer_starts_everything_tunes_a_model_and_stops(tmp_path: Pa
         assert not children_of(process, "services.aggregator")
 
 
+def runs(process_id: int) -> bool:
+    """Whether the process still does anything: one that waits to be reaped does not."""
+    try:
+        return Path(f"/proc/{process_id}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+async def ended(process: asyncio.subprocess.Process) -> str:
+    """What it said until it ended over its configuration."""
+    async with asyncio.timeout(START_S):
+        output, _ = await process.communicate()
+    assert process.returncode == EXIT_CONFIG
+    return output.decode()
+
+
 async def test_a_port_that_is_taken_ends_it_with_a_sentence(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        async with up(tmp_path, "--telemetry-port", port) as process:
-            assert process.stdout is not None
-            async with asyncio.timeout(START_S):
-                output = (await process.stdout.read()).decode()
-                assert await process.wait() == EXIT_CONFIG
-    assert f"error: telemetry: cannot listen on 127.0.0.1:{port}" in output
-    assert "Traceback" not in output
+        for option in ("--port", "--telemetry-port"):
+            async with up(tmp_path, option, port) as process:
+                assert await ended(process) == (
+                    f"error: port {port} is in use (by an earlier `seedwire up`?): stop it or "
+                    f"choose {option}\n"
+                )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a killed parent leaves its children")
+async def test_a_kill_leaves_nothing_running_and_the_next_start_goes_on(tmp_path: Path) -> None:
+    data, model = some_data(tmp_path / "data.jsonl", rows=60), tmp_path / "model.json"
+    model.write_text("{}")
+    more = ["--device", f"phone={data}", "--engine", "fake", "--telemetry-port", "0"]
+    async with up(tmp_path, *more) as process:
+        broker, telemetry = await announced(process)
+        async with up(tmp_path, *more) as second:
+            assert "is in use by another `seedwire up`" in await ended(second)
+        line = f"--name demo --model {model} --labels-from {data} --engine fake --rounds 10000"
+        code, output = await seedwire("job", "submit", *line.split(), "--servers", broker)
+        assert code == 0, output
+        await wait_until(lambda: reached(telemetry, 5), timeout_s=COMMAND_S)
+        children = children_of(process)
+        assert len(children) == 5  # broker, aggregator, scheduler, telemetry, phone
+        process.kill()
+        async with up(tmp_path, *more) as following:
+            broker, telemetry = await announced(following)
+            assert not [child for child in children if runs(child)]
+            before: int = (await shown_job(telemetry))["round"]
+            assert before >= 5
+            await wait_until(lambda: reached(telemetry, before + 5), timeout_s=COMMAND_S)

@@ -97,7 +97,9 @@ def test_control_spares_the_first_layer_and_lora_does_not() -> None:
 def test_two_words_with_the_same_first_token_are_refused_by_name() -> None:
     facts = msgspec.structs.replace(some_facts(), tokens=[5, 6, 5])
     labels = {"a": " sport", "b": " world", "c": " sports"}
-    with pytest.raises(Failure, match=r"' sport' and ' sports'"):
+    with pytest.raises(
+        Failure, match=r"' sport' and ' sports' .* --labels c=WORD, to --labels-from"
+    ):
         manifest(facts, AdapterOptions(), labels=labels, variant=VARIANT, seed=7, momentum=False)
 
 

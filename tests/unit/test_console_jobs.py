@@ -3,27 +3,38 @@
 import asyncio
 import io
 import json
+import os
+import socket
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Literal
 
 import pytest
+from msgspec.structs import replace
 from rich.console import Console
 from typer.testing import CliRunner
 
 from services.console import listing
 from services.console.__main__ import app
+from services.console.addresses import EVERYWHERE, HOST, check_free, free_port
 from services.console.children import Program, Supervisor
-from services.console.client import ask, shown
+from services.console.client import Unanswered, ask, shown
 from services.console.failure import EXIT_UNREACHABLE, EXIT_USAGE, Failure
+from services.console.progress import Progress
 from services.console.spec import wanted
+from services.console.state_lock import locked
 from services.console.submit import Submission, submit
-from services.console.up import Plan, free_port
+from services.console.transfer import download, upload
+from services.console.up import Plan
 from services.console.watch import watch
 from shared import subjects
+from shared.blobs import CHUNK_BYTES
+from shared.broker import BrokerProcess
 from shared.bus import Bus
 from shared.codec import decode, decode_manifest, encode
 from shared.errors import ConfigError
+from shared.jetstream_api import NoResponders
 from shared.log import LogWriter, ensure_streams
 from shared.memory_bus import MemoryBroker, MemoryBus
 from shared.messages import (
@@ -36,44 +47,75 @@ from shared.messages import (
     JobOpened,
     JobsListed,
     JobSummary,
+    ListDevices,
+    ListJobs,
     LogEvent,
     Message,
     Refused,
     RoundClosed,
+    RoundOpened,
     StopJob,
     SubmitJob,
 )
+from shared.messages.jobs import Loss
 from shared.runtime import EXIT_CONFIG, Stop
 from tests.support.jobs import a_job
 from tests.support.waiting import wait_until
 
 DIGEST = "d" * 64
+Reason = Literal["enough", "evaluated"]
 
 
-def a_life(job: str = "demo") -> list[LogEvent]:
+def a_life(job: str = "demo", *, loss: Loss = "choices") -> list[LogEvent]:
     """A short job, from its first fact to its last."""
+    spec = a_job(rounds=2).spec
     return [
-        JobOpened(job=job, spec=a_job(rounds=2).spec),
+        JobOpened(job=job, spec=replace(spec, task=replace(spec.task, loss=loss))),
         evaluated(1, correct=25),
         closed(1, loss=1.5),
         closed(2, loss=0.5),
+        opened_last(3),
         evaluated(3, correct=75),
+        closed(3, reason="evaluated"),
         JobEnded(job=job, epoch=0, round=3, reason="finished", digest=DIGEST),
     ]
 
 
-def closed(round: int, *, loss: float) -> RoundClosed:
+def closed(round: int, *, loss: float | None = None, reason: Reason = "enough") -> RoundClosed:
+    tuned = reason == "enough"
     return RoundClosed(
         job="demo",
         epoch=0,
         round=round,
-        reason="enough",
-        commit=Commit(0, []),
+        reason=reason,
+        commit=Commit(0, []) if tuned else None,
         digest=DIGEST,
         detail_sequence=round,
-        updates=4,
-        devices=2,
+        updates=4 if tuned else 0,
+        devices=2 if tuned else 0,
         loss=loss,
+    )
+
+
+def opened_last(round: int) -> RoundOpened:
+    """The evaluation at a job's end."""
+    return RoundOpened(
+        job="demo",
+        epoch=0,
+        round=round,
+        stream_round=round,
+        kind="evaluate",
+        how="probe",
+        directions=0,
+        eps=0.01,
+        batch_rows=1,
+        scope=(0, 1),
+        digest=DIGEST,
+        evaluate=True,
+        enough_devices=1,
+        enough_probes=0,
+        over_selection=1.0,
+        deadline_s=10.0,
     )
 
 
@@ -134,9 +176,61 @@ async def test_a_job_that_is_over_is_shown_to_its_end() -> None:
             await log.append("demo", event)
         console, written = paper()
         await watch(bus, "demo", as_json=False, console=console)
-        assert "demo round 2: loss 0.5000, accuracy 25.0%" in written.getvalue()
-        assert "25.0% -> 75.0%" in written.getvalue()
-        assert "1.5000 -> 0.5000" in written.getvalue()
+        for line in (
+            "demo round 1: loss 1.5000, accuracy 25.0%, held-out loss 1.2000, 2 devices (enough)\n",
+            "demo round 2: loss 0.5000, 2 devices (enough)\n",  # no figures that are not new
+            "demo final evaluation: accuracy 75.0%, held-out loss 1.2000\n",
+            "25.0% -> 75.0%",
+        ):
+            assert line in written.getvalue()
+        assert (
+            "1.5000 -> 0.5000" not in written.getvalue()
+        )  # batches differ; held-out loss does not
+
+
+def test_without_held_out_rows_the_devices_loss_is_all_there_is_to_say() -> None:
+    progress = Progress("demo")
+    for event in a_life():
+        if not isinstance(event, AdapterEvaluated):
+            progress.evolve(event)
+    assert progress.close_line() == "final evaluation: none came"
+    assert ("devices' loss", "1.5000 -> 0.5000") in progress.summary()
+
+
+async def test_a_task_without_right_answers_has_no_accuracy() -> None:
+    there = JobSummary("demo", "ended", 0, 3, 2, DIGEST, reason="finished", accuracy=0.75)
+    async with a_fleet(JobsListed(jobs=[there])) as (bus, log, _):
+        for event in a_life(loss="tokens"):
+            await log.append("demo", event)
+        console, written = paper()
+        await watch(bus, "demo", as_json=False, console=console)
+        assert "accuracy" not in written.getvalue()
+        console.print(await listing.jobs(bus))
+        assert "75.0%" not in written.getvalue()
+
+
+async def test_while_no_device_takes_part_it_says_why_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.console.watch.QUIET_S", 0.01)
+    idle = DeviceSummary("a", 1.0, doing="probe round 1 part 0")
+    without = DeviceSummary("b", 1.0, problem="no model [q8]; set --models")
+    answers = [DevicesListed(devices=[without])] * 3 + [
+        DevicesListed(devices=[idle, without])
+    ] * 999
+    async with a_fleet(*answers) as (bus, log, services):
+        life = a_life()
+        await log.append("demo", life[0])
+        console, written = paper()
+        watching = asyncio.create_task(watch(bus, "demo", as_json=False, console=console))
+        await wait_until(lambda: len(services.asked) > 6)
+        for event in life[1:]:
+            await log.append("demo", event)
+        await watching
+        told = [line for line in written.getvalue().splitlines() if "no device has sent" in line]
+        reason = "e.g. b: no model [q8]; set --models; see `seedwire devices`"
+        assert told == [
+            f"no device has sent anything yet: 1 known, 0 at work, 1 with a problem, {reason}",
+            f"no device has sent anything yet: 2 known, 1 at work, 1 with a problem, {reason}",
+        ]
 
 
 async def test_a_running_job_is_followed_until_it_ends() -> None:
@@ -174,12 +268,14 @@ async def test_watching_a_job_there_is_not_names_those_there_are() -> None:
 
 async def test_jobs_and_devices_are_listed_as_the_services_know_them() -> None:
     job = JobSummary("demo", "ended", 0, 3, 2, DIGEST, reason="finished", accuracy=0.75)
-    device = DeviceSummary("phone", 12.0, rows=40, problem="no model; set --models")
-    async with a_fleet(JobsListed(jobs=[job]), DevicesListed(devices=[device])) as (bus, _, _):
+    phone = DeviceSummary("phone", 12.0, rows=40, problem="no model; set --models")
+    listed = DevicesListed(devices=[phone, DeviceSummary("tablet", 7300.0)])
+    async with a_fleet(JobsListed(jobs=[job]), listed) as (bus, log, _):
+        await log.append("demo", a_life()[0])
         console, written = paper()
         console.print(await listing.jobs(bus))
         console.print(await listing.devices(bus))
-        for expected in ("ended (finished)", "75.0%", "phone", "12 s ago", "no model; set"):
+        for expected in ("ended (finished)", "75.0%", "phone", "12 s ago", "2 h ago, away"):
             assert expected in written.getvalue()
 
 
@@ -188,8 +284,45 @@ async def test_a_refusal_and_silence_are_failures_with_their_reason() -> None:
         for reason in ("demo is over", "a JobsListed for an answer to StopJob"):
             with pytest.raises(Failure, match=reason):
                 await ask(bus, subjects.JOB_STOP, StopJob(job="demo"), JobAccepted)
-    with pytest.raises(Failure, match="nobody serves"):
+    with pytest.raises(Unanswered, match="the aggregator does not answer"):
         await ask(MemoryBroker().connect("alone"), subjects.JOB_STOP, StopJob(job="x"), JobAccepted)
+
+
+class Starting(MemoryBus):
+    """Nobody serves the first `failures` requests."""
+
+    failures = 0
+
+    async def request(self, subject: str, data: bytes, *, timeout_s: float) -> bytes:
+        if self.failures:
+            self.failures -= 1
+            raise NoResponders(f"nobody serves {subject}")
+        return encode(JobsListed(jobs=[]))
+
+
+async def test_a_service_that_is_starting_is_waited_for_but_not_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bus = Starting(MemoryBroker(), "console")
+    bus.failures = 2
+    assert await ask(bus, subjects.JOB_LIST, ListJobs(), JobsListed) == JobsListed(jobs=[])
+    monkeypatch.setattr("services.console.client.START_S", 0.1)
+    bus.failures = 99
+    with pytest.raises(Unanswered, match="the scheduler does not answer"):
+        await ask(bus, subjects.DEVICE_LIST, ListDevices(), DevicesListed)
+
+
+async def test_a_file_comes_back_by_its_digest_alone(tmp_path: Path) -> None:
+    source, copy = tmp_path / "source", tmp_path / "copy"
+    async with a_fleet() as (bus, _, _):
+        for size in (0, 1, CHUNK_BYTES, 2 * CHUNK_BYTES + 5):
+            source.write_bytes(b"s" * size)
+            ref = await upload(bus, source, paper()[0])
+            if size:  # of an empty file the store knows nothing
+                assert await download(bus, ref.digest, copy, paper()[0]) == ref
+                assert copy.read_bytes() == source.read_bytes()
+        with pytest.raises(Failure, match=f"no file {DIGEST}"):
+            await download(bus, DIGEST, copy, paper()[0])
 
 
 async def test_a_submitted_job_brings_its_model_and_a_manifest_of_it(tmp_path: Path) -> None:
@@ -197,10 +330,10 @@ async def test_a_submitted_job_brings_its_model_and_a_manifest_of_it(tmp_path: P
     model.write_text(json.dumps({"n_embd": 16, "n_vocab": 512}))
     labels = {"a": "apple", "b": "banana", "c": "cherry"}
     submission = Submission("demo", model, wanted({"task": {"labels": labels}}, {}), engine="fake")
-    async with a_fleet(JobAccepted(job="demo")) as (bus, _, services):
+    async with a_fleet(JobsListed(jobs=[]), JobAccepted(job="demo")) as (bus, _, services):
         console, written = paper()
         await submit(bus, submission, console)
-        (request,) = services.asked
+        _, request = services.asked
         assert isinstance(request, SubmitJob)
         made = decode_manifest(request.manifest)
         assert (made.d, made.architecture) == (3 * 16, "fake")
@@ -288,6 +421,47 @@ def test_the_first_device_alone_is_trusted_with_the_held_out_rows(tmp_path: Path
     ):
         with pytest.raises(ConfigError):
             wrong.check()
+
+
+async def test_a_state_directory_has_one_user_and_what_a_killed_one_left_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.console.state_lock.LEFT_BEHIND_S", 1.0)
+    said = list[str]()
+    async with locked(tmp_path / "state", said.append) as held:
+        left_behind = os.dup(held)
+        with pytest.raises(ConfigError, match="is in use by another"):
+            async with locked(tmp_path / "state", said.append):
+                pass
+    assert not said
+    with pytest.raises(ConfigError, match="what an earlier"):
+        async with locked(tmp_path / "state", said.append):
+            pass
+    asyncio.get_running_loop().call_later(0.2, os.close, left_behind)
+    async with locked(tmp_path / "state", said.append):
+        assert ["waiting for" in line for line in said] == [True, True]
+
+
+def test_a_port_in_use_is_named_with_the_option_that_mends_it() -> None:
+    with socket.create_server((HOST, 0)) as taken:
+        port = taken.getsockname()[1]
+        for host in (HOST, EVERYWHERE, "localhost"):
+            with pytest.raises(ConfigError, match=rf"port {port} is in use .* --port$"):
+                check_free(host, port, "--port")
+    check_free(HOST, port, "--port")
+    check_free(HOST, 0, "--port")
+    with pytest.raises(ConfigError, match=r"cannot listen on 192\.0\.2\.1"):
+        check_free("192.0.2.1", port, "--port")
+
+
+async def test_a_broker_that_cannot_start_says_why_in_one_line(tmp_path: Path) -> None:
+    with socket.create_server((HOST, 0)) as taken:
+        broker = BrokerProcess(tmp_path, port=taken.getsockname()[1])
+        with pytest.raises(
+            ConfigError, match=r"did not start on .*: \[FTL\] .*already in use"
+        ) as e:
+            await broker.start()
+    assert "\n" not in str(e.value)
 
 
 # ---- the command line
