@@ -35,6 +35,7 @@ async def echo(bus: Link, subject: str, name: bytes) -> None:
 async def test_a_subscriber_gets_what_matches_in_order(hub: Hub) -> None:
     alice, bob = await hub.connect("alice"), await hub.connect("bob")
     async with alice.subscribe("talk.*") as heard:
+        await alice.flush()  # what another connection publishes from here on is heard
         for number in range(3):
             await bob.publish(f"talk.{number}", b"%d" % number, {"Seedwire-Key": "k"})
         await bob.publish("talk.too.deep", b"")
@@ -48,6 +49,7 @@ async def test_a_subscriber_gets_what_matches_in_order(hub: Hub) -> None:
 async def test_a_full_subscription_drops_counts_and_marks_the_gap(hub: Hub) -> None:
     alice, bob = await hub.connect("alice"), await hub.connect("bob")
     async with alice.subscribe("talk", limit=2, gaps=True) as heard:
+        await alice.flush()
         for number in range(5):
             await bob.publish("talk", b"%d" % number)
         await bob.flush()
