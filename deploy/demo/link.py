@@ -20,7 +20,7 @@ class Weather:
 
 
 CLEAR = Weather()
-BAD = Weather(delay_s=0.03, cut_every_s=12.0, outage_s=1.5)
+BAD = Weather(delay_s=0.03, cut_every_s=6.0, outage_s=1.5)
 
 
 @dataclass

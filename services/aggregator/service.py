@@ -173,6 +173,7 @@ class Aggregator:
             stopping.cancel()
             if not taking.done():
                 taking.cancel()
+                await asyncio.gather(taking, return_exceptions=True)
                 return
             try:
                 batch = taking.result()
