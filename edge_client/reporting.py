@@ -12,6 +12,8 @@ from shared.messages import DeviceReport
 from shared.metrics import Counters
 from shared.runtime import project_version
 
+OF_JOB = "job "
+"""Begins the topic of a problem with one job."""
 ENDED_SHOWN = 3
 """Final positions of so many jobs stay in the report."""
 
@@ -61,7 +63,10 @@ class About:
             self._changed()
 
     def problem(self, topic: str, text: str) -> None:
-        """What keeps the device from helping, by topic; empty: nothing any more."""
+        """What keeps the device from helping, by topic; empty: nothing any more.
+
+        A topic `job <name>` keeps it from that job alone.
+        """
         if self._problems.get(topic, "") != text:
             self._problems[topic] = text
             if not text:
@@ -82,7 +87,12 @@ class About:
     def report(self) -> DeviceReport:
         """All of it, as of now."""
         settings = self._settings
-        problem = "; ".join(self._problems.values())
+        unable = {
+            topic.removeprefix(OF_JOB): text[:2000]
+            for topic, text in self._problems.items()
+            if topic.startswith(OF_JOB)
+        }
+        general = [text for topic, text in self._problems.items() if not topic.startswith(OF_JOB)]
         return DeviceReport(
             device=settings.device,
             version=project_version()[:40],
@@ -94,7 +104,8 @@ class About:
             models=self._models()[:64],
             speeds=self.speeds.report()[-64:],
             counters=dict(self._counters.snapshot()),
-            problem=problem[:2000],
+            problem="; ".join(general)[:2000],
+            unable=dict(list(unable.items())[-64:]),
             positions=dict(list({**self._ended, **self._positions}.items())[-64:]),
         )
 

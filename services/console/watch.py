@@ -110,13 +110,13 @@ async def _explain(bus: Bus, progress: Progress, console: Console) -> None:
         await asyncio.sleep(QUIET_S)
         if not progress.untouched:
             return
-        why = await _why_quiet(bus)
+        why = await _why_quiet(bus, progress.job)
         if why != said and progress.untouched:
             console.print(f"no device has sent anything yet: {why}", soft_wrap=True, markup=False)
             said = why
 
 
-async def _why_quiet(bus: Bus) -> str:
+async def _why_quiet(bus: Bus, job: str) -> str:
     try:
         devices = await listing.known(bus)
     except Failure as failure:
@@ -129,7 +129,7 @@ async def _why_quiet(bus: Bus) -> str:
     ]
     if troubled:
         parts[-1] += f", e.g. {troubled[0].device}: {troubled[0].problem}"
-    return f"{', '.join(parts)}; see `seedwire devices`"
+    return f"{', '.join(parts)}; see `seedwire devices`; `seedwire job stop {job}` ends the job"
 
 
 def _print_json(event: LogEvent) -> None:

@@ -128,6 +128,8 @@ class Job:
         """Why this device cannot work for the job; empty if it can."""
         if report.problem:
             return f"the device has a problem: {report.problem}"
+        if why := report.unable.get(self.name):
+            return f"the device cannot help with job {self.name}: {why}"
         if self._allowed and report.device not in self._allowed:
             return f"job {self.name} does not allow this device"
         if not (report.rows or evaluates(report)):

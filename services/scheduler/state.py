@@ -208,7 +208,7 @@ class State:
             tokens_per_s=device.tokens_per_s,
             rounds=self._rounds[device.name],
             reward=running.bandit.arm(device.name).mean if running else 0.0,
-            problem=report.problem[:200] if report else "has not reported yet",
+            problem=_problem(report)[:400] if report else "has not reported yet",
         )
 
     def _after_s(self, name: str) -> float:
@@ -223,6 +223,12 @@ class State:
 
     def _tie(self, name: str) -> int:
         return crc32(f"{self._seed}:{name}".encode())
+
+
+def _problem(report: DeviceReport) -> str:
+    """What the operator should know of; each job's trouble under its name."""
+    of_jobs = [f"job {job}: {why}" for job, why in report.unable.items()]
+    return "; ".join([report.problem, *of_jobs] if report.problem else of_jobs)
 
 
 def _assigned(job: Job, round: OpenRound, request: RequestWork, offer: Offer, now: float) -> Answer:

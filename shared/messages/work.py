@@ -100,7 +100,9 @@ class DeviceReport(Message, frozen=True):
     speeds: Annotated[list[Speed], Meta(max_length=64)] = []
     counters: Annotated[dict[str, int], Meta(max_length=200)] = {}
     problem: Text = ""
-    """Why it cannot help, if it cannot; names the mend."""
+    """Why it cannot help with any job, if it cannot; names the mend."""
+    unable: Annotated[dict[Name, Text], Meta(max_length=64)] = {}
+    """job -> why it cannot help with that one for now; names the mend."""
     positions: Annotated[dict[str, str], Meta(max_length=64)] = {}
     """job -> `<round>:<digest>` that its engine stands at."""
 

@@ -4,6 +4,8 @@ import asyncio
 import sys
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from deploy.demo.processes import ROOT
 from deploy.demo.witness import examine
 from shared.messages import (
@@ -91,6 +93,19 @@ async def test_kills_of_everything_lose_nothing_and_count_nothing_twice(tmp_path
         verdict = await examine(fleet.broker.url, "demo", fleet.ledgers())
         assert verdict.clean, verdict
         assert verdict.measured >= 80
+
+
+async def test_a_job_that_nobody_can_serve_keeps_no_device_from_the_next(tmp_path: Path) -> None:
+    async with a_fleet(tmp_path, devices=2) as fleet:
+        spec = a_spec(3)
+        mistaken = replace(spec, task=replace(spec.task, labels={"cat": "apple", "dog": "iron"}))
+        await fleet.submit(fleet.job("mistaken", mistaken))
+        await wait_until(lambda: len(fleet.unable) == 2, timeout_s=20)
+        assert "this job's" in fleet.unable["mistaken/d0"]
+        await fleet.submit(fleet.job("right", spec))
+        async with asyncio.timeout(20):
+            events = await fleet.events_until("right")
+        assert isinstance(events[-1], JobEnded)
 
 
 async def test_an_outsider_with_nats_and_msgpack_alone_sees_rounds_close(tmp_path: Path) -> None:

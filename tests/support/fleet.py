@@ -63,7 +63,7 @@ class Fleet:
     services: dict[str, Child] = field(default_factory=dict[str, Child])
     devices: dict[str, Child] = field(default_factory=dict[str, Child])
     positions: dict[str, str] = field(default_factory=dict[str, str])
-    problems: dict[str, str] = field(default_factory=dict[str, str])
+    unable: dict[str, str] = field(default_factory=dict[str, str])
 
     async def start_service(self, name: str, *more: str) -> Child:
         child = Child(
@@ -145,7 +145,8 @@ class Fleet:
         async with self.bus.subscribe(subjects.ALL_REPORTS) as deliveries:
             async for delivery in deliveries:
                 report = decode(delivery.data, DeviceReport)
-                self.problems[report.device] = report.problem
+                for job, why in report.unable.items():
+                    self.unable[f"{job}/{report.device}"] = why
                 for job, position in report.positions.items():
                     self.positions[f"{job}/{report.device}"] = position
 

@@ -226,7 +226,10 @@ async def test_while_no_device_takes_part_it_says_why_once(monkeypatch: pytest.M
             await log.append("demo", event)
         await watching
         told = [line for line in written.getvalue().splitlines() if "no device has sent" in line]
-        reason = "e.g. b: no model [q8]; set --models; see `seedwire devices`"
+        reason = (
+            "e.g. b: no model [q8]; set --models; see `seedwire devices`; `seedwire job stop demo`"
+            " ends the job"
+        )
         assert told == [
             f"no device has sent anything yet: 1 known, 0 at work, 1 with a problem, {reason}",
             f"no device has sent anything yet: 2 known, 1 at work, 1 with a problem, {reason}",

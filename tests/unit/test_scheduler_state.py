@@ -187,6 +187,14 @@ def test_a_device_that_said_goodbye_and_came_back_is_asked_for_a_report() -> Non
     fleet.works("d0")
 
 
+def test_who_cannot_help_with_one_job_helps_with_the_next() -> None:
+    unable = replace(a_report("d0"), unable={"mistaken": "no usable row"})
+    fleet = Fleet(a_job("mistaken"), a_job(), unable, a_round())
+    assert fleet.call() == ["d0"]
+    fleet.works("d0")
+    assert fleet.state.listed(0.0).devices[0].problem == "job mistaken: no usable row"
+
+
 def test_an_absurd_speed_costs_no_call() -> None:
     fleet = Fleet(a_job(), a_report("d0", probe_s=5e-324), a_report("d1"), a_round())
     assert set(fleet.call()) == {"d0", "d1"}
