@@ -185,16 +185,17 @@ async def read_patiently(
     streams: Streams, stream: str, subject: str, after: int = 0
 ) -> AsyncGenerator[tuple[int, Event], None]:
     """As `read`, for as long as the world fails it: it goes on after the last sequence got."""
-    delay_s = 0.05
+    attempt = 0
     while True:
         try:
             async with aclosing(read(streams, stream, subject, after)) as events:
                 async for after, event in events:
+                    attempt = 0
                     yield after, event
         except TransientError as error:
             _log.warning("broker_call_failed", call="read", why=str(error))
-            await asyncio.sleep(delay_s)
-            delay_s = min(delay_s * 2, 5.0)
+            await asyncio.sleep(backoff_s(attempt, first_s=0.05, cap_s=5.0))
+            attempt += 1
         else:
             return
 

@@ -142,13 +142,6 @@ class MemoryBroker:
         for name in self.clients:
             self.heal(name)
 
-    def redeliver(self) -> None:
-        """As if every wait for an acknowledgement had run out."""
-        for stream in self.streams.values():
-            for consumer in stream.consumers.values():
-                consumer.again()
-            stream.grown.set()
-
     def route(self, subject: str, data: bytes, headers: Mapping[str, str], reply: str = "") -> int:
         """Deliver to every subscriber and to one of each queue group; how many that were."""
         everyone: list[_Subscriber] = []

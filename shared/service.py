@@ -1,4 +1,4 @@
-"""What each service's `__main__` does: load the settings, set up the log, serve, exit by code."""
+"""What services have in common: how each one starts, and how it tells telemetry its counters."""
 
 import sys
 from collections.abc import Awaitable, Callable
@@ -7,9 +7,14 @@ from typing import Annotated, TypeVar
 import msgspec
 from msgspec import Meta
 
-from shared import config, logs
+from shared import config, logs, subjects
+from shared.bus import Bus
+from shared.clock import Clock
+from shared.codec import encode
 from shared.errors import ConfigError
-from shared.runtime import EXIT_CONFIG, Stop, run
+from shared.messages import ServiceReport
+from shared.metrics import Counters
+from shared.runtime import EXIT_CONFIG, Stop, project_version, run, settle
 
 
 class ServiceSettings(msgspec.Struct, frozen=True):
@@ -46,3 +51,25 @@ def main(
     logs.configure(name, level=settings.log_level)
     logs.get(name).info("settings", **config.shown(settings))
     return run(lambda stop: serve(settings, stop))
+
+
+async def report_counters(
+    bus: Bus, name: str, counters: Counters, clock: Clock, every_s: float
+) -> None:
+    """Tell telemetry the counters of service `name` whenever they have changed, for ever."""
+    started, sent = clock.now(), None
+    while True:
+        counters.put("reconnects", bus.reconnects)
+        counters.put("deliveries_dropped", bus.dropped)
+        counts = dict(counters.snapshot())
+        if counts != sent:
+            sent = counts
+            report = ServiceReport(
+                service=name,
+                version=project_version(),
+                uptime_s=clock.now() - started,
+                counters=counts,
+            )
+            publishing = bus.publish(subjects.service(name), encode(report))
+            await settle(publishing, counters, what="service_report")
+        await clock.sleep(every_s)

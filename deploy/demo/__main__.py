@@ -179,7 +179,6 @@ async def tune(demo: Demo, url: str, how: str) -> Outcome:
         daemon_peak_rss_mb=max(child.peak_rss_mb for child in demo.devices),
         engine_peak_rss_mb=max(child.children_peak_rss_mb for child in demo.devices),
         link_cuts=sum(link.cuts for link in demo.links),
-        links_refused=sum(link.refused for link in demo.links),
         kills=demo.kills,
     )
 

@@ -34,7 +34,6 @@ class Link:
     bytes_up: int = 0
     bytes_down: int = 0
     cuts: int = 0
-    refused: int = 0
     _down_until: float = 0.0
     _server: asyncio.Server | None = None
     _open: set[asyncio.Task[None]] = field(default_factory=set[asyncio.Task[None]])
@@ -52,7 +51,6 @@ class Link:
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if asyncio.get_running_loop().time() < self._down_until:
-            self.refused += 1
             writer.close()
             return
         task = asyncio.current_task()

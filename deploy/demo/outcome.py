@@ -26,7 +26,6 @@ class Outcome:
     daemon_peak_rss_mb: float
     engine_peak_rss_mb: float
     link_cuts: int
-    links_refused: int
     kills: int
     labels: str = "true"
 

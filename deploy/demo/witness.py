@@ -24,7 +24,6 @@ class Verdict:
     measured: int = 0
     counted: int = 0
     late: int = 0
-    too_late: int = 0
     lost: list[str] = field(default_factory=list[str])
     twice: list[str] = field(default_factory=list[str])
     wrong_rounds: list[int] = field(default_factory=list[int])
@@ -54,7 +53,6 @@ async def examine(url: str, job: str, ledgers: list[Path]) -> Verdict:
     closes = [event for event in log if event["type"] == "RoundClosed"]
     verdict = Verdict(measured=len(sums), counted=sum(keys.values()))
     verdict.late = sum(row["outcome"] == "late" for _, row in rows)
-    verdict.too_late = sum(word == "too_late" for word in outcomes.values())
     verdict.twice = [key for key, times in keys.items() if times > 1]
     verdict.lost = [key for key in sums if key not in keys and key not in outcomes]
     # A device may hear "folded" only of what the log has.

@@ -6,7 +6,8 @@ from contextlib import aclosing
 
 from services.aggregator.config import Settings
 from services.aggregator.folding import Outcome
-from services.aggregator.state import EVALUATION_ROUNDS, JobState, open_job
+from services.aggregator.opening import open_job
+from services.aggregator.state import EVALUATION_ROUNDS, JobState
 from shared import blobs, subjects
 from shared.bus import Bus, Delivery, Stored, Streams
 from shared.clock import Clock
@@ -25,14 +26,14 @@ from shared.messages import (
     Refused,
     RoundClosed,
     RoundOpened,
-    ServiceReport,
     StopJob,
     SubmitJob,
     SubmitUpdate,
     UpdateSettled,
 )
 from shared.metrics import Counters
-from shared.runtime import Stop, project_version, settle
+from shared.runtime import Stop, settle
+from shared.service import report_counters
 
 log = get("aggregator")
 
@@ -67,7 +68,15 @@ class Aggregator:
             background = [
                 tasks.create_task(self._requests()),
                 tasks.create_task(self._ticks()),
-                tasks.create_task(self._reports()),
+                tasks.create_task(
+                    report_counters(
+                        self._bus,
+                        "aggregator",
+                        self.counters,
+                        self._clock,
+                        self._settings.report_every_s,
+                    )
+                ),
             ]
             ready()
             log.info("aggregator_ready", jobs=len(self.jobs))
@@ -338,21 +347,3 @@ class Aggregator:
         expected = subjects.update(update.key.job, update.key.device)
         if subject != expected:
             raise RejectError(f"an update of {expected} was sent on {subject}")
-
-    async def _reports(self) -> None:
-        started, sent = self._clock.now(), {}
-        while True:
-            self.counters.put("reconnects", self._bus.reconnects)
-            self.counters.put("deliveries_dropped", self._bus.dropped)
-            counts = dict(self.counters.snapshot())
-            if counts != sent:
-                report = ServiceReport(
-                    service="aggregator",
-                    version=project_version(),
-                    uptime_s=self._clock.now() - started,
-                    counters=counts,
-                )
-                subject, data = subjects.service("aggregator"), encode(report)
-                await settle(self._bus.publish(subject, data), self.counters, what="report")
-                sent = counts
-            await self._clock.sleep(self._settings.report_every_s)

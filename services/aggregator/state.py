@@ -16,8 +16,7 @@ from services.aggregator.pooling import Pool
 from services.aggregator.rounds import Evaluated, Progress, RoundRecord, contribute
 from services.aggregator.terms import merged, of_pool
 from shared.adapter import Adapter
-from shared.dataset import check_task
-from shared.errors import EngineError, RejectError, StaleMessage
+from shared.errors import RejectError, StaleMessage
 from shared.messages import (
     AdapterEvaluated,
     BlobRef,
@@ -34,9 +33,7 @@ from shared.messages import (
     RoundClosed,
     RoundOpened,
     RoundReport,
-    SubmitJob,
     SubmitUpdate,
-    Task,
     UpdatesFolded,
 )
 
@@ -44,64 +41,8 @@ MAX_DEADLINE_S = 3600.0
 KEPT_SNAPSHOTS = 2
 EVALUATION_ROUNDS = 100
 """How late an evaluation may come: the first one of a job reads all held-out rows."""
-MAX_EVENT_BYTES = 900_000
-"""What the parts of an event that grow with its round may come to; the broker takes 1 MB."""
-BYTES_A_DIRECTION = 40
-"""Of an UpdatesFolded: two halves' differences and weights, and the bends."""
-BYTES_A_LATE_ROUND = 4
 MAX_CONTRIBUTIONS = 4000
 """Of a RoundReport; the bandit can spare the rest."""
-
-
-def open_job(message: SubmitJob) -> list[LogEvent]:
-    """The events that begin a job.
-
-    Raises:
-        RejectError: the spec or the manifest cannot work; the text names what.
-    """
-    tuning = message.spec.tuning
-    if tuning.method not in METHODS:
-        raise RejectError(f"method {tuning.method!r} is unknown; known: {sorted(METHODS)}")
-    _check_task(message.spec.task)
-    _check_sizes(message.spec)
-    adapter = Adapter(message.manifest)
-    if adapter.manifest.epoch != 0:
-        raise RejectError("a job begins with epoch 0")
-    if (tuning.momentum > 0) != (adapter.manifest.update_rule == "momentum"):
-        raise RejectError("momentum and the manifest's update_rule disagree")
-    kinds = {block.kind for block in adapter.manifest.blocks}
-    if tuning.how == "exact" and kinds != {"output_rows"}:
-        raise RejectError("how 'exact' needs an adapter of output rows alone; use how 'probe'")
-    return [
-        JobOpened(job=message.job, spec=message.spec),
-        EpochOpened(job=message.job, epoch=0, manifest=message.manifest, digest=adapter.digest()),
-    ]
-
-
-def _check_task(task: Task) -> None:
-    try:
-        check_task(task)
-    except EngineError as error:
-        raise RejectError(str(error)) from error
-    words = list(task.labels.values())
-    twice = {word for word in words if words.count(word) > 1}
-    if twice:
-        raise RejectError(f"task: labels share the word {min(twice)!r}; give each its own")
-
-
-def _check_sizes(spec: JobSpec) -> None:
-    tuning, pacing = spec.tuning, spec.pacing
-    if pacing.minimum_probes > pacing.enough_probes:
-        raise RejectError(
-            f"pacing: minimum_probes {pacing.minimum_probes} is more than enough_probes"
-            f" {pacing.enough_probes}"
-        )
-    most = MAX_EVENT_BYTES // (BYTES_A_DIRECTION + BYTES_A_LATE_ROUND * pacing.lateness_rounds)
-    if tuning.directions > most:
-        raise RejectError(
-            f"tuning: {tuning.directions} directions do not fit one event of the log; at most"
-            f" {most} do with lateness_rounds {pacing.lateness_rounds}"
-        )
 
 
 class JobState:
@@ -217,7 +158,7 @@ class JobState:
             case RoundOpened():
                 self.open = event
                 self.round = event.round
-                self.rounds.setdefault(event.round, RoundRecord(event)).opened = event
+                self.rounds[event.round] = RoundRecord(event)
                 self.progress = Progress(Pool(event.directions))
                 self._forget()
             case RoundClosed():

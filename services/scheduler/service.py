@@ -11,7 +11,7 @@ from shared.bus import Bus, Delivery, Streams
 from shared.clock import Clock
 from shared.codec import decode, encode
 from shared.errors import MalformedMessage
-from shared.log import ensure_streams, follow_all, follow_detail, patiently, read
+from shared.log import ensure_streams, follow_all, follow_detail, read_patiently
 from shared.logs import get
 from shared.messages import (
     ComeBack,
@@ -23,11 +23,11 @@ from shared.messages import (
     Refused,
     RequestWork,
     RoundOpened,
-    ServiceReport,
     WakeUp,
 )
 from shared.metrics import Counters
-from shared.runtime import Stop, project_version, settle
+from shared.runtime import Stop, settle
+from shared.service import report_counters
 
 log = get("scheduler")
 
@@ -73,7 +73,15 @@ class Scheduler:
                     tasks.create_task(self._follow_log(after_log)),
                     tasks.create_task(self._follow_detail(after_detail)),
                     tasks.create_task(self._ticks()),
-                    tasks.create_task(self._reports()),
+                    tasks.create_task(
+                        report_counters(
+                            self._bus,
+                            "scheduler",
+                            self.counters,
+                            self._clock,
+                            self._settings.report_every_s,
+                        )
+                    ),
                 ]
                 replayed.set()
                 ready()
@@ -92,15 +100,10 @@ class Scheduler:
 
     async def _replay_stream(self, stream: str, pattern: str) -> int:
         position = 0
-
-        async def rest() -> None:
-            nonlocal position
-            async with aclosing(read(self._streams, stream, pattern, position)) as events:
-                async for sequence, event in events:
-                    self.state.evolve(event, self._clock.now())
-                    position = sequence
-
-        await patiently(rest, "replay")
+        async with aclosing(read_patiently(self._streams, stream, pattern)) as events:
+            async for sequence, event in events:
+                self.state.evolve(event, self._clock.now())
+                position = sequence
         return position
 
     async def _follow_log(self, after: int) -> None:
@@ -202,24 +205,6 @@ class Scheduler:
     async def _reply(self, delivery: Delivery, answer: Message) -> None:
         if delivery.reply:
             await self._bus.publish(delivery.reply, encode(answer))
-
-    async def _reports(self) -> None:
-        started, sent = self._clock.now(), None
-        while True:
-            self.counters.put("reconnects", self._bus.reconnects)
-            self.counters.put("deliveries_dropped", self._bus.dropped)
-            counts = dict(self.counters.snapshot())
-            if counts != sent:
-                sent = counts
-                report = ServiceReport(
-                    service="scheduler",
-                    version=project_version(),
-                    uptime_s=self._clock.now() - started,
-                    counters=counts,
-                )
-                publishing = self._bus.publish(subjects.service("scheduler"), encode(report))
-                await settle(publishing, self.counters, what="service_report")
-            await self._clock.sleep(self._settings.report_every_s)
 
 
 def _check_sender(delivery: Delivery, device: str) -> None:

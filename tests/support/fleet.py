@@ -64,6 +64,7 @@ class Fleet:
     devices: dict[str, Child] = field(default_factory=dict[str, Child])
     positions: dict[str, str] = field(default_factory=dict[str, str])
     unable: dict[str, str] = field(default_factory=dict[str, str])
+    hearing: asyncio.Task[None] | None = None
 
     async def start_service(self, name: str, *more: str) -> Child:
         child = Child(
@@ -134,10 +135,11 @@ class Fleet:
     ) -> list[LogEvent]:
         """The job's facts up to the first that `ended` is true of."""
         found: list[LogEvent] = []
-        async for event in self.facts(job):
-            found.append(event)
-            if ended(event):
-                break
+        async with aclosing(self.facts(job)) as events:
+            async for event in events:
+                found.append(event)
+                if ended(event):
+                    break
         return found
 
     async def hear(self) -> None:
@@ -174,7 +176,7 @@ async def a_fleet(
     async with start_broker(folder / "nats") as broker:
         bus = await nats_bus.connect([broker.url], name="test")
         fleet = Fleet(folder, broker, bus, path)
-        hearing = asyncio.create_task(fleet.hear())
+        fleet.hearing = hearing = asyncio.create_task(fleet.hear())
         try:
             for name in ("aggregator", "scheduler"):
                 await fleet.start_service(name)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from services.aggregator.folding import Outcome
-from services.aggregator.state import JobState, open_job
+from services.aggregator.opening import open_job
+from services.aggregator.state import JobState
 from shared.adapter import coefficients
 from shared.errors import RejectError
 from shared.messages import (
