@@ -30,16 +30,17 @@ class Unanswered(Failure):
 
 
 @asynccontextmanager
-async def connected(servers: list[str]) -> AsyncGenerator[nats_bus.NatsBus]:
-    """A bus to one of `servers`, closed at the end.
+async def connected(servers: str) -> AsyncGenerator[nats_bus.NatsBus]:
+    """A bus to one of `servers`, which are separated by commas; closed at the end.
 
     Raises:
         Failure: none of them answers, or a service that was asked something did not.
     """
-    addresses = ", ".join(map(shown, servers))
+    named = [server.strip() for server in servers.split(",")]
+    addresses = ", ".join(map(shown, named))
     try:
         async with asyncio.timeout(CONNECT_S):
-            bus = await nats_bus.connect(servers, name="console")
+            bus = await nats_bus.connect(named, name="console")
     except TimeoutError as error:
         raise Failure(
             f"no broker lets us in at {addresses}; start one with "

@@ -4,12 +4,12 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import typer
-from rich.console import Console
 
 from services.console import listing, options
 from services.console.client import ask, connected
 from services.console.failure import Usage, outcome
 from services.console.labels import labels_of, parse_labels
+from services.console.printing import console
 from services.console.spec import Table, read_file, wanted
 from services.console.submit import Submission, submit
 from services.console.watch import watch
@@ -20,18 +20,17 @@ from shared.nats_bus import NatsBus
 LOCAL = "nats://127.0.0.1:4222"
 
 commands = typer.Typer(no_args_is_help=True, help="Submit, list, stop and watch jobs.")
-console = Console()
 Work = Callable[[NatsBus], Awaitable[object]]
 
 
-def talk(servers: str, work: Work) -> None:
-    """Connect, do `work`, and exit with the code of how it went."""
+def talk(servers: str, work: Work, *, as_json: bool = False) -> None:
+    """Connect, do `work`, and exit with the code of how it went; `as_json`: errors as JSON."""
 
     async def command() -> None:
-        async with connected([server.strip() for server in servers.split(",")]) as bus:
+        async with connected(servers) as bus:
             await work(bus)
 
-    raise typer.Exit(outcome(command()))
+    raise typer.Exit(outcome(command(), as_json=as_json))
 
 
 @commands.command("submit")
@@ -98,7 +97,7 @@ def submit_job(
         asked = wanted(given(), read_file(spec) if spec else {})
         submission = Submission(name, model, asked, not no_upload, url, engine)
         submission.check()
-        async with connected([server.strip() for server in servers.split(",")]) as bus:
+        async with connected(servers) as bus:
             await submit(bus, submission, console)
             if watch_it:
                 await watch(bus, name, as_json=False, console=console)

@@ -1,0 +1,86 @@
+"""llama.cpp's low-level functions; the only importer of llama_cpp.
+
+Handles are opaque pointers. What llama.cpp logs is silent, but for the last errors' texts.
+"""
+
+import ctypes
+from collections import deque
+from typing import Any
+
+from llama_cpp import _ggml
+from llama_cpp import llama_cpp as typed
+from numpy.typing import NDArray
+
+from shared.errors import EngineError
+
+native: Any = typed
+"""Handles are opaque pointers, which llama_cpp's annotations call now int, now None."""
+
+_ERROR_LEVEL = 4
+_MMAP_THRESHOLD = -3
+
+_said: deque[str] = deque(maxlen=3)
+"""The last errors that llama.cpp logged."""
+
+
+def _hear(level: int, text: bytes, _: object) -> None:
+    if level == _ERROR_LEVEL and text.strip():
+        _said.append(text.decode(errors="replace").strip())
+
+
+_ear = native.llama_log_callback(_hear)
+
+
+def start() -> None:
+    """llama.cpp is ready, and silent."""
+    _hold_the_heap()
+    native.llama_log_set(_ear, ctypes.c_void_p(0))
+    native.llama_backend_init()
+
+
+def load(path: str, *, vocabulary_only: bool = False) -> Any:
+    """The model in `path`, mapped into memory; to be freed with `llama_model_free`.
+
+    Raises:
+        EngineError: llama.cpp cannot load it; with llama.cpp's reason.
+    """
+    wanted = native.llama_model_default_params()
+    wanted.n_gpu_layers = 0
+    wanted.load_mode = native.LLAMA_LOAD_MODE_MMAP
+    wanted.vocab_only = vocabulary_only
+    model = native.llama_model_load_from_file(path.encode(), wanted)
+    if not model:
+        raise EngineError(f"{path}: llama.cpp cannot load it: {reason()}")
+    return model
+
+
+def _hold_the_heap() -> None:
+    """Give large blocks back to the system at once.
+
+    Each new adapter makes llama.cpp plan its graphs anew; with glibc's default, which raises its
+    threshold as it goes, the heap grew by 40 MB in a thousand reloads, and not at all like this.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_MMAP_THRESHOLD, 1 << 20)
+
+
+def reason() -> str:
+    """What llama.cpp logged last."""
+    said = " | ".join(_said)
+    _said.clear()
+    return said or "it gave no reason"
+
+
+def pointer(array: NDArray[Any], kind: Any) -> Any:
+    """Where `array` lies, as a pointer to `kind`; the caller keeps the array."""
+    return ctypes.cast(array.ctypes.data, ctypes.POINTER(kind))
+
+
+tensor_name: Any = _ggml.libggml.ggml_get_name
+tensor_name.argtypes, tensor_name.restype = [ctypes.c_void_p], ctypes.c_char_p
+tensor_bytes: Any = _ggml.libggml.ggml_nbytes
+tensor_bytes.argtypes, tensor_bytes.restype = [ctypes.c_void_p], ctypes.c_size_t
+read_tensor: Any = _ggml.libggml.ggml_backend_tensor_get
+read_tensor.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
+read_tensor.restype = None
