@@ -8,51 +8,53 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from edge_client.config import PREFIX, Settings, completed
+from edge_client.identity import completed_by_identity, credentials, enrolled
+from edge_client.notify import Supervisor, supervised
 from edge_client.service import Edge
 from edge_client.spool import Spool
 from shared import config, logs
 from shared.engine.process import EngineProcess
 from shared.errors import ConfigError
-from shared.nats_bus import Credentials, connect
+from shared.nats_bus import NatsBus, connect
 from shared.runtime import EXIT_CONFIG, Stop, run
 
 PING_INTERVAL_S = 120
 
 
 def main() -> int:
-    """Run the daemon; its exit code."""
+    """Run the daemon, or `enroll`; the exit code."""
+    if sys.argv[1:2] == ["enroll"]:
+        from edge_client import enrolling  # the daemon goes without it
+
+        return enrolling.main(sys.argv[2:])
     try:
         settings = completed(
             config.load(Settings, program="seedwire-edge", prefix=PREFIX, argv=sys.argv[1:])
         )
         logs.configure("edge", level=settings.log_level)
         with _alone(Path(settings.state_dir)):
-            return run(lambda stop: _serve(settings, stop))
+            return run(lambda stop: _watched(settings, stop))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201 - for whoever has no log reader
         return EXIT_CONFIG
 
 
-async def _serve(settings: Settings, stop: Stop) -> None:
+async def _watched(settings: Settings, stop: Stop) -> None:
+    async with supervised(stop, settings.health_file) as supervisor:
+        await _serve(settings, stop, supervisor)
+
+
+async def _serve(settings: Settings, stop: Stop, supervisor: Supervisor) -> None:
     log = logs.get("edge").bind(device=settings.device)
     log.info("starting", settings=config.shown(settings))
     directory = Path(settings.state_dir) / "spool"
-    spool = await asyncio.to_thread(Spool, directory, max_bytes=settings.max_spool_bytes)
-    credentials = Credentials(
-        user=settings.user,
-        password=settings.password,
-        token=settings.token,
-        creds_file=settings.creds_file,
-        ca_file=settings.ca_file,
+    spool = await asyncio.to_thread(
+        Spool,
+        directory,
+        max_bytes=settings.max_spool_bytes,
+        max_ledger_bytes=settings.max_ledger_bytes,
     )
-    connecting = asyncio.ensure_future(
-        connect(
-            list(settings.servers),
-            name=f"edge {settings.device}",
-            credentials=credentials,
-            ping_interval_s=PING_INTERVAL_S,
-        )
-    )
+    connecting = asyncio.ensure_future(_connected(settings))
     stopping = asyncio.ensure_future(stop.wait())
     await asyncio.wait({connecting, stopping}, return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
@@ -63,11 +65,32 @@ async def _serve(settings: Settings, stop: Stop) -> None:
     bus = await connecting
     process = EngineProcess(settings.engine)
     try:
-        await Edge(settings, bus, bus, spool, process).run(stop)
+        edge = Edge(settings, bus, bus, spool, process)
+        supervisor.standing = edge.standing
+        await edge.run(stop)
     finally:
         await process.close()
         await bus.close()
     log.info("stopped", engine_peak_mb=round(process.peak_rss_mb), spooled=len(spool))
+
+
+async def _connected(settings: Settings) -> NatsBus:
+    """A bus to the broker, as whom the device's identity says.
+
+    Raises:
+        ConfigError: the identity or the ticket cannot be used.
+    """
+    if settings.ticket and not enrolled(Path(settings.state_dir)):
+        from edge_client import enrolling
+
+        await enrolling.enroll_patiently(settings)
+    settings = completed_by_identity(settings)
+    return await connect(
+        list(settings.servers),
+        name=f"edge {settings.device}",
+        credentials=credentials(settings),
+        ping_interval_s=PING_INTERVAL_S,
+    )
 
 
 @contextmanager

@@ -9,10 +9,13 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from shared import subjects
+from shared import hub, subjects
 from shared.errors import ConfigError
 
 PREFIX = "SEEDWIRE_EDGE"
+
+_ROWS = "a JSONL or CSV file that holds rows, or a directory of such files"
+DEFAULT_SERVERS = ("nats://127.0.0.1:4222",)
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,9 +31,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     servers: Annotated[
         tuple[str, ...],
         Meta(
-            description="Addresses of the broker, nats:// or tls://; more than one for a cluster."
+            description="Addresses of the broker, nats:// or tls://; more than one for a cluster. "
+            "If not set, those that the device was enrolled with, or nats://127.0.0.1:4222."
         ),
-    ] = ("nats://127.0.0.1:4222",)
+    ] = ()
     user: Annotated[
         str, Meta(description="The user to log in to the broker as, with password.")
     ] = ""
@@ -41,7 +45,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         str, Meta(description="A token to log in with, instead of user and password.")
     ] = ""
     creds_file: Annotated[
-        str, Meta(description="A NATS credentials file (.creds) to log in with.")
+        str,
+        Meta(
+            description="A NATS credentials file (.creds) to log in with; if not set, the identity "
+            "that `seedwire-edge enroll` has left in state_dir."
+        ),
     ] = ""
     ca_file: Annotated[
         str,
@@ -50,16 +58,27 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             "if not set, the system's."
         ),
     ] = ""
+    tls_name: Annotated[
+        str,
+        Meta(description="What the broker's certificate must be made out to, if not its address."),
+    ] = ""
+    ticket: Annotated[
+        str,
+        Meta(
+            description="A ticket (swj1-...) to enrol with at the first start, while the device "
+            "has no identity yet; safer in the environment than here."
+        ),
+    ] = ""
     data: Annotated[
         str,
         Meta(
-            description="A JSONL file of private rows to tune on; "
-            "left out on a device that only evaluates."
+            description="Private rows to tune on: a JSONL or CSV file, a directory of them that "
+            "may grow, or hf://datasets/OWNER/REPO/FILE; left out on a device that only evaluates."
         ),
     ] = ""
     heldout: Annotated[
         str,
-        Meta(description="A JSONL file of rows to evaluate the adapter on; belongs to trusted."),
+        Meta(description="Rows to evaluate the adapter on, like data; belongs to trusted."),
     ] = ""
     trusted: Annotated[
         bool,
@@ -91,6 +110,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             "the oldest make room for new ones."
         ),
     ] = 64 * 1024 * 1024
+    max_ledger_bytes: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="Bytes of the ledger past which it forgets updates that are settled; "
+            "0: never, for a witness of all that was measured.",
+        ),
+    ] = 16 * 1024 * 1024
     report_every_s: Annotated[
         float, Meta(description="Seconds between two reports when nothing has changed.")
     ] = 900.0
@@ -98,6 +125,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         float,
         Meta(description="Seconds after which an engine that does not answer is ended."),
     ] = 3600.0
+    health_file: Annotated[
+        str,
+        Meta(
+            description="A file that shows every few seconds that the daemon lives and whether it "
+            "is connected; `python -m shared.heartbeat` reads it."
+        ),
+    ] = ""
     log_level: Annotated[
         str, Meta(description="What is logged, on stderr: debug, info, warning or error.")
     ] = "info"
@@ -118,9 +152,7 @@ def completed(settings: Settings) -> Settings:
     Raises:
         ConfigError: names the setting and the mend.
     """
-    device = settings.device or re.sub(r"[^A-Za-z0-9_-]", "-", platform.node())[:64] or "device"
-    if not subjects.NAME.match(device):
-        raise ConfigError(f"device {device!r}: use 1 to 64 of A-Z a-z 0-9 _ -")
+    device = device_name(settings.device)
     if settings.trusted and not settings.heldout:
         raise ConfigError("a trusted device needs rows to evaluate on: set heldout too")
     if settings.heldout and not settings.trusted:
@@ -139,19 +171,33 @@ def completed(settings: Settings) -> Settings:
         if getattr(settings, name) <= 0:
             raise ConfigError(f"{name} must be more than 0")
     return msgspec.structs.replace(
-        settings, device=device, state_dir=settings.state_dir or str(_state_home() / device)
+        settings, device=device, state_dir=settings.state_dir or str(state_dir_of(device))
     )
 
 
 def _check_rows(name: str, path: str) -> None:
-    if not os.access(path, os.R_OK):
-        raise ConfigError(f"{name}: {path} cannot be read; name a JSONL file")
-    if os.path.isdir(path):
-        raise ConfigError(f"{name}: {path} is a directory; name a JSONL file")
-    if not os.path.getsize(path):
-        raise ConfigError(f"{name}: {path} is empty; name a JSONL file that holds rows")
+    """A directory may be empty still; a file's rows are wanted now."""
+    if hub.is_hub_name(path):
+        hub.parse(path, data_set=True)
+    elif not os.access(path, os.R_OK):
+        raise ConfigError(f"{name}: {path} cannot be read; name {_ROWS}")
+    elif not os.path.isdir(path) and not os.path.getsize(path):
+        raise ConfigError(f"{name}: {path} is empty; name {_ROWS}")
 
 
-def _state_home() -> Path:
+def device_name(given: str) -> str:
+    """The device's name, or else this host's.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    device = given or re.sub(r"[^A-Za-z0-9_-]", "-", platform.node())[:64] or "device"
+    if not subjects.NAME.match(device):
+        raise ConfigError(f"device {device!r}: use 1 to 64 of A-Z a-z 0-9 _ -")
+    return device
+
+
+def state_dir_of(device: str) -> Path:
+    """Where a device keeps what it must not lose, unless it is told otherwise."""
     home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(home) / "seedwire"
+    return Path(home) / "seedwire" / device

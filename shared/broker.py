@@ -10,7 +10,7 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -40,8 +40,11 @@ def find_binary() -> Path:
     return Path(found)
 
 
-def config_text(store_dir: Path, *, host: str, port: int) -> str:
-    """A server with JetStream that has on disk what it has acknowledged."""
+def config_text(store_dir: Path, *, host: str, port: int, security: str = "") -> str:
+    """A server with JetStream that has on disk what it has acknowledged.
+
+    `security` is configuration too: who may come in, and its certificate.
+    """
     return f"""\
 server_name: seedwire
 listen: "{host}:{port}"
@@ -50,7 +53,7 @@ jetstream {{
   sync_interval: always
   max_memory_store: 512MB
 }}
-"""
+{security}"""
 
 
 class BrokerProcess:
@@ -63,14 +66,21 @@ class BrokerProcess:
         host: str = "127.0.0.1",
         port: int = 0,
         inherits: tuple[int, ...] = (),
+        security: str = "",
+        complained: Callable[[str], None] = lambda line: None,
     ) -> None:
-        """`inherits`: file descriptors that the server holds open while it runs."""
+        """`inherits`: file descriptors that the server holds open while it runs.
+
+        `complained` gets each error that it logs.
+        """
         self.host = host
         self.port = port
         self._store_dir = store_dir.resolve()
         self._process: asyncio.subprocess.Process | None = None
         self._reader: asyncio.Task[None] | None = None
         self._inherits = inherits
+        self._security = security
+        self._complained = complained
         self._last_words = ""
 
     @property
@@ -90,7 +100,9 @@ class BrokerProcess:
         binary = find_binary()
         self._store_dir.mkdir(parents=True, exist_ok=True)
         config = self._store_dir / "nats-server.conf"
-        text = config_text(self._store_dir, host=self.host, port=self.port or -1)
+        text = config_text(
+            self._store_dir, host=self.host, port=self.port or -1, security=self._security
+        )
         config.write_text(text, encoding="utf-8")
         self._process = process = await asyncio.create_subprocess_exec(
             *(str(binary), "--config", str(config)),
@@ -159,6 +171,7 @@ class BrokerProcess:
             if complaint := _COMPLAINT.search(text):
                 complained, self._last_words = True, complaint[0]
                 _log.warning("broker_complains", line=text)
+                self._complained(complaint[0])
             elif not complained:
                 self._last_words = text
         ready.set()
@@ -166,10 +179,10 @@ class BrokerProcess:
 
 @asynccontextmanager
 async def start_broker(
-    store_dir: Path, *, host: str = "127.0.0.1", port: int = 0
+    store_dir: Path, *, host: str = "127.0.0.1", port: int = 0, security: str = ""
 ) -> AsyncGenerator[BrokerProcess, None]:
     """A running broker; it is stopped at the end."""
-    broker = BrokerProcess(store_dir, host=host, port=port)
+    broker = BrokerProcess(store_dir, host=host, port=port, security=security)
     await broker.start()
     try:
         yield broker

@@ -20,7 +20,7 @@ from shared.errors import ConfigError
 
 Settings = TypeVar("Settings", bound=msgspec.Struct)
 
-SECRETS = frozenset({"password", "token"})
+SECRETS = frozenset({"api_key", "password", "ticket", "token"})
 _USER_INFO = re.compile(r"//[^/@]*@")
 
 

@@ -8,6 +8,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from shared.errors import ConfigError
+from shared.identity.claims import MADE_HERE, decode_unverified, token_of
+from shared.identity.roles import inbox_prefix
 
 CONNECT_TIMEOUT_S = 5
 OUTGOING_BYTES = 2 * 1024 * 1024
@@ -16,15 +18,57 @@ OUTGOING_BYTES = 2 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """How a process proves who it is; `ca_file` is what it trusts, if not the system's."""
+    """How a process proves who it is, and what it takes as proof of the broker.
+
+    `ca_file` is what it trusts, if not the system's authorities; `tls_name` is what the broker's
+    certificate must be made out to, if not its address.
+    """
 
     user: str = ""
     password: str = ""
     token: str = ""
     creds_file: str = ""
     ca_file: str = ""
-    inbox_prefix: str = "_INBOX"
-    """Where its answers arrive: permissions of a device name it."""
+    tls_name: str = ""
+    inbox_prefix: str = ""
+    """Where its answers arrive; if not set, where its identity may listen."""
+    mend: str = ""
+    """What to do if the broker refuses it, for the log."""
+
+    @property
+    def wants_tls(self) -> bool:
+        return bool(self.ca_file or self.tls_name)
+
+    def inbox(self) -> str:
+        """The prefix of the subjects its answers arrive on.
+
+        Raises:
+            ConfigError: the credentials file cannot be read.
+        """
+        if self.inbox_prefix or not self.creds_file:
+            return self.inbox_prefix or "_INBOX"
+        return inbox_of(Path(self.creds_file))
+
+
+def inbox_of(creds: Path) -> str:
+    """Where the bearer of a credentials file may listen for answers.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds no token.
+    """
+    try:
+        text = creds.read_text(encoding="utf-8")
+        claims = decode_unverified(token_of(text, str(creds)))
+    except OSError as error:
+        raise ConfigError(f"creds_file {creds} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"creds_file {creds}: {error}") from error
+    return inbox_prefix(claims.name) if MADE_HERE in claims.nats.tags else "_INBOX"
+
+
+def needs_tls(servers: list[str], credentials: Credentials) -> bool:
+    """Whether nothing may be said to the broker but under TLS."""
+    return credentials.wants_tls or any(one.startswith(("tls://", "wss://")) for one in servers)
 
 
 def client_options(
@@ -44,7 +88,7 @@ def client_options(
         "max_outstanding_pings": 2,
         "pending_size": 2 * OUTGOING_BYTES,
         "flush_timeout": float(CONNECT_TIMEOUT_S),
-        "inbox_prefix": credentials.inbox_prefix,
+        "inbox_prefix": credentials.inbox(),
     }
     for server in servers:
         _check_address(server)
@@ -59,11 +103,15 @@ def client_options(
         options["password"] = credentials.password
     if credentials.token:
         options["token"] = credentials.token
-    if credentials.ca_file:
+    if needs_tls(servers, credentials):
         try:
-            options["tls"] = ssl.create_default_context(cafile=credentials.ca_file)
+            context = ssl.create_default_context(cafile=credentials.ca_file or None)
         except OSError as error:
             raise ConfigError(f"ca_file {credentials.ca_file}: {error}") from error
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        options["tls"] = context
+    if credentials.tls_name:
+        options["tls_hostname"] = credentials.tls_name
     return options
 
 

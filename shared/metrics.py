@@ -36,7 +36,12 @@ COUNTERS: dict[str, str] = {
     "catch_up_replays": "Times a device caught up by replaying the log.",
     "catch_up_snapshots": "Times a device caught up by a snapshot.",
     "digest_mismatches": "Times a device's adapter did not have the log's digest.",
+    "connections_refused": "Connections and enrolments refused: a foreign, revoked or no identity.",
+    "devices_enrolled": "Devices given an identity.",
+    "devices_revoked": "Devices put out by an operator.",
     "reconnects": "Times the link to the broker came back.",
+    "link_bytes_in": "Bytes of messages that came from the broker, without the protocol's own.",
+    "link_bytes_out": "Bytes of messages sent to the broker, without the protocol's own.",
     "deliveries_dropped": "Messages dropped because a queue was full.",
 }
 

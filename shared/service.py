@@ -1,5 +1,6 @@
 """What services have in common: how each one starts, and how it tells telemetry its counters."""
 
+import contextlib
 import sys
 from collections.abc import Awaitable, Callable
 from typing import Annotated, TypeVar
@@ -11,7 +12,8 @@ from shared import config, logs, subjects
 from shared.bus import Bus
 from shared.clock import Clock
 from shared.codec import encode
-from shared.errors import ConfigError
+from shared.credentials import Credentials
+from shared.errors import ConfigError, TransientError
 from shared.messages import ServiceReport
 from shared.metrics import Counters
 from shared.runtime import EXIT_CONFIG, Stop, project_version, run, settle
@@ -26,9 +28,31 @@ class ServiceSettings(msgspec.Struct, frozen=True):
             description="Addresses of the broker, nats:// or tls://; more than one for a cluster."
         ),
     ] = ("nats://127.0.0.1:4222",)
+    creds_file: Annotated[
+        str, Meta(description="A NATS credentials file (.creds) to log in to the broker with.")
+    ] = ""
+    ca_file: Annotated[
+        str,
+        Meta(
+            description="A PEM file of the authorities, or the one certificate, that the broker's "
+            "certificate must come from; if not set, the system's."
+        ),
+    ] = ""
+    tls_name: Annotated[
+        str,
+        Meta(
+            description="What the broker's certificate must be made out to, if not its address; "
+            "`seedwire` for one made by `seedwire keys init`."
+        ),
+    ] = ""
     log_level: Annotated[
         str, Meta(description="What is logged, on stderr: debug, info, warning or error.")
     ] = "info"
+
+    @property
+    def credentials(self) -> Credentials:
+        """What this service logs in with."""
+        return Credentials(creds_file=self.creds_file, ca_file=self.ca_file, tls_name=self.tls_name)
 
 
 Settings = TypeVar("Settings", bound=ServiceSettings)
@@ -53,17 +77,34 @@ def main(
     return run(lambda stop: serve(settings, stop))
 
 
+def _put_traffic(counters: Counters, bus: Bus) -> None:
+    """The counters say what has gone over the link by now."""
+    traffic = bus.traffic
+    counters.put("link_bytes_in", traffic.bytes_in)
+    counters.put("link_bytes_out", traffic.bytes_out)
+
+
+async def flushed(bus: Bus) -> None:
+    """The broker has all that was published, if it is there; a stop does not fail without it."""
+    with contextlib.suppress(TransientError):
+        await bus.flush()
+
+
 async def report_counters(
     bus: Bus, name: str, counters: Counters, clock: Clock, every_s: float
 ) -> None:
-    """Tell telemetry the counters of service `name` whenever they have changed, for ever."""
+    """Tell telemetry the counters of service `name` whenever they have changed, for ever.
+
+    Bytes over the link come with the others, and are no news alone: each report would call for
+    the next.
+    """
     started, sent = clock.now(), None
     while True:
         counters.put("reconnects", bus.reconnects)
         counters.put("deliveries_dropped", bus.dropped)
-        counts = dict(counters.snapshot())
-        if counts != sent:
-            sent = counts
+        if dict(counters.snapshot()) != sent:
+            _put_traffic(counters, bus)
+            counts = sent = dict(counters.snapshot())
             report = ServiceReport(
                 service=name,
                 version=project_version(),

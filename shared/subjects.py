@@ -11,6 +11,9 @@ DETAIL_STREAM = "DETAIL"
 UPDATES_STREAM = "UPDATES"
 BLOBS_STREAM = "BLOBS"
 
+WRITER = "=writer"
+"""Stands in a stream's subject for the job, where its writer speaks of itself; names no job."""
+
 KEY_HEADER = "Seedwire-Key"
 """Names an update's key outside its body, so that an undecodable one can be settled too."""
 
@@ -18,6 +21,15 @@ JOB_SUBMIT = f"{PREFIX}.job.submit"
 JOB_STOP = f"{PREFIX}.job.stop"
 JOB_LIST = f"{PREFIX}.job.list"
 DEVICE_LIST = f"{PREFIX}.device.list"
+ENROLL = f"{PREFIX}.enroll"
+"""The one subject that a connection without credentials may publish on."""
+IDENTITY_INVITE = f"{PREFIX}.identity.invite"
+IDENTITY_REVOKE = f"{PREFIX}.identity.revoke"
+IDENTITY_LIST = f"{PREFIX}.identity.list"
+IDENTITY_REFUSED = f"{PREFIX}.identity.refused"
+"""Refusals that only who runs the broker sees: those before anybody could say a name."""
+REFUSED = f"{PREFIX}.refused"
+"""Connections that were not let in."""
 
 ALL_LOGS = f"{PREFIX}.log.*"
 ALL_DETAILS = f"{PREFIX}.detail.*"
@@ -47,34 +59,42 @@ def detail(job: str) -> str:
 
 
 def update(job: str, device: str) -> str:
+    """What a device measured, in stream UPDATES until the aggregator has settled it."""
     return f"{PREFIX}.update.{job}.{device}"
 
 
 def settled(device: str) -> str:
+    """What became of a device's updates."""
     return f"{PREFIX}.settled.{device}"
 
 
 def work(device: str) -> str:
+    """Where a device asks for work."""
     return f"{PREFIX}.work.{device}"
 
 
 def wake(device: str) -> str:
+    """Calls a device that has been told to come back later."""
     return f"{PREFIX}.wake.{device}"
 
 
 def report(device: str) -> str:
+    """What a device is, has and does."""
     return f"{PREFIX}.report.{device}"
 
 
 def decision(job: str) -> str:
+    """What the scheduler assigned for a job, and why; nobody keeps it."""
     return f"{PREFIX}.decision.{job}"
 
 
 def service(name: str) -> str:
+    """A service's counters."""
     return f"{PREFIX}.service.{name}"
 
 
 def blob(digest: str, index: int) -> str:
+    """One chunk of a file, in stream BLOBS."""
     return f"{PREFIX}.blob.{digest}.{index}"
 
 

@@ -11,7 +11,9 @@ from shared.service import main
 
 
 async def serve(settings: Settings, stop: Stop) -> None:
-    bus = await nats_bus.connect(list(settings.servers), name="aggregator")
+    bus = await nats_bus.connect(
+        list(settings.servers), name="aggregator", credentials=settings.credentials
+    )
     try:
         await Aggregator(bus, bus, settings, SystemClock()).serve(stop)
     finally:

@@ -5,7 +5,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from shared.clock import backoff_s
@@ -27,6 +27,8 @@ class Program:
     name: str
     module: str
     arguments: list[str]
+    environment: dict[str, str] = field(default_factory=dict[str, str], repr=False)
+    """What it is told beside: secrets, which arguments would show to everybody."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ class Supervisor:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, "PYTHONPATH": python_path},
+                env={**os.environ, "PYTHONPATH": python_path, **program.environment},
                 pass_fds=self.inherits,
                 start_new_session=True,  # Ctrl-C comes to us alone: we say when to drain
                 preexec_fn=ends_with_parent(),

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from typing import TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
+from services.console import access
 from services.console.failure import EXIT_UNREACHABLE, Failure
 from shared import nats_bus, subjects
 from shared.bus import Bus
@@ -20,6 +21,14 @@ CONNECT_S = 5.0
 ANSWER_S = 15.0
 START_S = 5.0
 """How long a service that is starting may leave its subjects unserved."""
+
+
+_SERVES = {
+    subjects.DEVICE_LIST: "scheduler",
+    subjects.IDENTITY_INVITE: "registrar",
+    subjects.IDENTITY_LIST: "registrar",
+    subjects.IDENTITY_REVOKE: "registrar",
+}
 
 
 class Unanswered(Failure):
@@ -39,11 +48,14 @@ async def connected(servers: str) -> AsyncGenerator[nats_bus.NatsBus]:
     named = [server.strip() for server in servers.split(",")]
     addresses = ", ".join(map(shown, named))
     try:
-        async with asyncio.timeout(CONNECT_S):
-            bus = await nats_bus.connect(named, name="console")
-    except TimeoutError as error:
+        credentials = access.credentials(named)
+        bus = await nats_bus.connect(
+            named, name="console", credentials=credentials, patience_s=CONNECT_S
+        )
+    except TransientError as error:
+        why = f" ({error})" if str(error) else ""
         raise Failure(
-            f"no broker lets us in at {addresses}; start one with "
+            f"no broker lets us in at {addresses}{why}; start one with "
             "`seedwire up`, or name yours with --servers or SEEDWIRE_SERVERS",
             code=EXIT_UNREACHABLE,
         ) from error
@@ -66,7 +78,7 @@ async def ask(bus: Bus, subject: str, message: Message, expected: type[Answer]) 
         data = await _answer(bus, subject, encode(message))
         answer = decode(data, Message)
     except TransientError as error:
-        service = "scheduler" if subject == subjects.DEVICE_LIST else "aggregator"
+        service = _SERVES.get(subject, "aggregator")
         raise Unanswered(f"the {service} does not answer") from error
     except MalformedMessage as error:
         raise Failure(f"an answer that cannot be read (another version?): {error}") from error

@@ -11,7 +11,9 @@ from shared.service import main
 
 
 async def serve(settings: Settings, stop: Stop) -> None:
-    bus = await nats_bus.connect(list(settings.servers), name="scheduler")
+    bus = await nats_bus.connect(
+        list(settings.servers), name="scheduler", credentials=settings.credentials
+    )
     try:
         await Scheduler(bus, bus, settings, SystemClock()).serve(stop)
     finally:

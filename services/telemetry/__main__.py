@@ -15,11 +15,14 @@ from shared.errors import ConfigError
 from shared.runtime import Stop
 from shared.service import main
 
+SHUTDOWN_S = 2.0
+"""How long an open page may take to end."""
+
 
 async def serve(settings: Settings, stop: Stop) -> None:
     observer = Observer()
     async with serving(observer, settings.host, settings.port), asyncio.TaskGroup() as tasks:
-        observing = tasks.create_task(observer.run(list(settings.servers)))
+        observing = tasks.create_task(observer.run(list(settings.servers), settings.credentials))
         await stop.wait()
         observing.cancel()
 
@@ -31,7 +34,8 @@ async def serving(observer: Observer, host: str, port: int) -> AsyncGenerator[in
     Raises:
         ConfigError: the address cannot be had.
     """
-    runner = web.AppRunner(Pages(observer).application(), access_log=None)
+    application = Pages(observer).application()
+    runner = web.AppRunner(application, access_log=None, shutdown_timeout=SHUTDOWN_S)
     await runner.setup()
     try:
         try:

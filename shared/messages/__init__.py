@@ -4,6 +4,18 @@ Knows nothing of how they travel.
 """
 
 from shared.messages.base import Message, Range, Ranges
+from shared.messages.identity import (
+    ConnectionRefused,
+    DeviceRevoked,
+    DevicesInvited,
+    Enroll,
+    Enrolled,
+    IdentitiesListed,
+    Identity,
+    InviteDevices,
+    ListIdentities,
+    RevokeDevice,
+)
 from shared.messages.jobs import (
     Block,
     DevicesListed,
@@ -44,6 +56,7 @@ from shared.messages.log import (
     RoundReport,
     Term,
     UpdatesFolded,
+    WriterStarted,
 )
 from shared.messages.telemetry import ServiceReport
 from shared.messages.updates import (
@@ -84,6 +97,7 @@ AnyMessage = (
     | JobEnded
     | UpdatesFolded
     | RoundReport
+    | WriterStarted
     | SubmitUpdate
     | UpdateSettled
     | RequestWork
@@ -93,6 +107,15 @@ AnyMessage = (
     | DeviceReport
     | DecisionMade
     | ServiceReport
+    | InviteDevices
+    | DevicesInvited
+    | Enroll
+    | Enrolled
+    | RevokeDevice
+    | DeviceRevoked
+    | ListIdentities
+    | IdentitiesListed
+    | ConnectionRefused
 )
 """Every message there is, told apart by its `type`."""
 
@@ -104,12 +127,17 @@ __all__ = [
     "Block",
     "ComeBack",
     "Commit",
+    "ConnectionRefused",
     "Contribution",
     "DecisionMade",
     "DetailEvent",
     "DeviceReport",
+    "DeviceRevoked",
     "DeviceSummary",
+    "DevicesInvited",
     "DevicesListed",
+    "Enroll",
+    "Enrolled",
     "EpochOpened",
     "EvaluateResult",
     "EvaluateWork",
@@ -117,6 +145,9 @@ __all__ = [
     "EvaluationSums",
     "FoldedUpdate",
     "Frozen",
+    "IdentitiesListed",
+    "Identity",
+    "InviteDevices",
     "JobAccepted",
     "JobEnded",
     "JobOpened",
@@ -124,6 +155,7 @@ __all__ = [
     "JobSummary",
     "JobsListed",
     "ListDevices",
+    "ListIdentities",
     "ListJobs",
     "LogEvent",
     "Manifest",
@@ -137,6 +169,7 @@ __all__ = [
     "Ranges",
     "Refused",
     "RequestWork",
+    "RevokeDevice",
     "RoundClosed",
     "RoundOpened",
     "RoundReport",
@@ -154,4 +187,5 @@ __all__ = [
     "Variant",
     "WakeUp",
     "WorkAssigned",
+    "WriterStarted",
 ]

@@ -18,7 +18,12 @@ import pytest
 from aiohttp import ClientSession
 
 from services.console.failure import EXIT_FAILURE
+from shared import nats_bus, subjects
 from shared.blobs import reference
+from shared.codec import decode
+from shared.errors import TransientError
+from shared.identity import access
+from shared.messages import ConnectionRefused
 from shared.runtime import EXIT_CONFIG
 from tests.support.waiting import wait_until
 
@@ -30,6 +35,12 @@ START_S, COMMAND_S = 60.0, 60.0
 def environment() -> dict[str, str]:
     others = {k: v for k, v in os.environ.items() if not k.startswith("SEEDWIRE_")}
     return {**others, "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
+
+
+@pytest.fixture(autouse=True)
+def own_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test is a user of its own: what `up` registers, another terminal finds."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
 
 
 async def spawn(*arguments: str) -> asyncio.subprocess.Process:
@@ -45,7 +56,20 @@ async def spawn(*arguments: str) -> asyncio.subprocess.Process:
 
 async def seedwire(*arguments: str) -> tuple[int, str]:
     """Exit code and output of one command."""
-    process = await spawn(*arguments)
+    return await finished(await spawn(*arguments))
+
+
+async def seedwire_edge(*arguments: str) -> asyncio.subprocess.Process:
+    """A device's command or daemon."""
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "edge_client", *arguments),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        env=environment(),
+    )
+
+
+async def finished(process: asyncio.subprocess.Process) -> tuple[int, str]:
     async with asyncio.timeout(COMMAND_S):
         output, _ = await process.communicate()
     return process.returncode or 0, output.decode()
@@ -54,7 +78,8 @@ async def seedwire(*arguments: str) -> tuple[int, str]:
 @asynccontextmanager
 async def up(path: Path, *more: str) -> AsyncGenerator[asyncio.subprocess.Process, None]:
     """`seedwire up` on free ports; its whole session is gone at the end, whatever the test did."""
-    process = await spawn("up", "--state-dir", str(path / "state"), "--port", "0", *more)
+    quiet = ["--port", "0", "--no-serve"]
+    process = await spawn("up", "--state-dir", str(path / "state"), *quiet, *more)
     try:
         yield process
     finally:
@@ -121,11 +146,17 @@ async def test_a_newcomer_starts_everything_tunes_a_model_and_stops(tmp_path: Pa
     devices = ["--device", f"phone={data}", "--device", f"tablet={data}"]
     more = [*devices, "--heldout", str(data), "--engine", "fake", "--telemetry-port", "0"]
     async with up(tmp_path, *more) as process:
-        broker, telemetry = await announced(process)
-        at = ["--servers", broker]
+        _, telemetry = await announced(process)
+        code, command = await seedwire("device", "invite", "--device", "till")
+        assert (code, "seedwire-edge enroll swj1-" in command) == (0, True), command
+        state = ["--device", "till", "--state-dir", str(tmp_path / "till")]
+        enrolling = ["enroll", command.split()[-1], *state]
+        code, output = await finished(await seedwire_edge(*enrolling))
+        assert code == 0, output
+        till = await seedwire_edge(*state, "--data", str(data), "--engine", "fake")
         line = f"--name demo --model {model} --labels-from {data} --engine fake --watch"
-        line += " --rounds 100 --evaluate-every 20 --enough-devices 2 --directions 64 --deadline 10"
-        submitting = asyncio.create_task(seedwire("job", "submit", *line.split(), *at))
+        line += " --rounds 100 --evaluate-every 20 --enough-devices 3 --directions 64 --deadline 10"
+        submitting = asyncio.create_task(seedwire("job", "submit", *line.split()))
         await wait_until(lambda: reached(telemetry, 10), timeout_s=COMMAND_S)
         (aggregator,) = children_of(process, "services.aggregator")
         os.kill(aggregator, signal.SIGKILL)  # it is started again and nothing is lost
@@ -136,17 +167,25 @@ async def test_a_newcomer_starts_everything_tunes_a_model_and_stops(tmp_path: Pa
         assert float(accuracies[2]) >= 90.0, output
         assert children_of(process, "services.aggregator") != [aggregator]
 
-        code, output = await seedwire("job", "list", *at)
+        code, output = await seedwire("job", "list")
         assert (code, "ended (finished)" in output) == (0, True), output
-        code, output = await seedwire("devices", *at)
-        assert (code, "phone" in output, "tablet" in output) == (0, True, True), output
-        code, output = await seedwire("job", "stop", "demo", *at)
+        code, output = await seedwire("devices")
+        assert code == 0, output
+        assert [name in output for name in ("phone", "tablet", "till")] == [True] * 3, output
+        code, output = await seedwire("device", "list", "--json")
+        identities = {one["device"]: one["state"] for one in json.loads(output)["identities"]}
+        assert identities == dict.fromkeys(("phone", "tablet", "till"), "enrolled")
+        code, output = await seedwire("device", "revoke", "till")
+        assert code == 0, output
+        till.terminate()
+        await finished(till)
+        code, output = await seedwire("job", "stop", "demo")
         assert (code, "demo" in output) == (EXIT_FAILURE, True), output
-        code, output = await seedwire("job", "watch", "demo", "--json", *at)
+        code, output = await seedwire("job", "watch", "demo", "--json")
         events = [json.loads(line) for line in output.splitlines()]
         assert events[-1]["type"] == "JobEnded"
         (*_, snapshot) = (one["snapshot"] for one in events if one["type"] == "ModelPublished")
-        code, output = await seedwire("blob", "get", snapshot["digest"], str(tmp_path / "s"), *at)
+        code, output = await seedwire("blob", "get", snapshot["digest"], str(tmp_path / "s"))
         assert code == 0, output
         assert msgspec.to_builtins(reference(tmp_path / "s")) == snapshot
 
@@ -156,6 +195,23 @@ async def test_a_newcomer_starts_everything_tunes_a_model_and_stops(tmp_path: Pa
         async with asyncio.timeout(30.0):
             assert await process.wait() == 0
         assert not children_of(process, "services.aggregator")
+
+
+async def test_who_expects_another_certificate_is_seen_by_the_operator(tmp_path: Path) -> None:
+    async with up(tmp_path, "--telemetry-port", "0") as process:
+        broker, _ = await announced(process)
+        fleet = access.load(tmp_path / "state" / "access.toml")
+        bus = await nats_bus.connect(fleet.servers, name="t", credentials=fleet.credentials())
+        try:
+            async with bus.subscribe(subjects.REFUSED) as deliveries:
+                with pytest.raises(TransientError, match="CERTIFICATE_VERIFY_FAILED"):
+                    await nats_bus.connect([broker], name="stranger", patience_s=1.0)
+                async with asyncio.timeout(START_S):
+                    seen = decode((await anext(deliveries)).data, ConnectionRefused)
+        finally:
+            await bus.close()
+        assert seen.host == "127.0.0.1"
+        assert "gone before it said who it is" in seen.reason
 
 
 def runs(process_id: int) -> bool:
@@ -199,7 +255,7 @@ async def test_a_kill_leaves_nothing_running_and_the_next_start_goes_on(tmp_path
         assert code == 0, output
         await wait_until(lambda: reached(telemetry, 5), timeout_s=COMMAND_S)
         children = children_of(process)
-        assert len(children) == 5  # broker, aggregator, scheduler, telemetry, phone
+        assert len(children) == 6  # broker, aggregator, scheduler, telemetry, registrar, phone
         process.kill()
         async with up(tmp_path, *more) as following:
             broker, telemetry = await announced(following)

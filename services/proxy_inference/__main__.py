@@ -1,0 +1,100 @@
+"""`python -m services.proxy_inference`: load the settings, open the port, follow the fleet."""
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+from aiohttp import web
+
+from services.proxy_inference.config import Settings
+from services.proxy_inference.fleet import NAME, follow
+from services.proxy_inference.generation import Room
+from services.proxy_inference.http import Server
+from services.proxy_inference.models import Models
+from services.proxy_inference.pool import Pool
+from services.proxy_inference.service import Proxy
+from services.proxy_inference.shelf import Shelf
+from services.proxy_inference.swapping import Swapper
+from services.proxy_inference.versions import Versions
+from services.proxy_inference.worker import Worker
+from shared import logs
+from shared.errors import ConfigError
+from shared.runtime import Stop
+from shared.service import main
+
+SHUTDOWN_S = 1.0
+"""After the drain: how long what is left may take to be cancelled."""
+
+
+async def serve(settings: Settings, stop: Stop) -> None:
+    shelf = Shelf(settings.state_dir)
+    models = await Models.at(shelf, settings.model)
+    versions = Versions(settings.job, pin=shelf.pin())
+    worker = Worker()
+    pool = Pool(worker, _room(settings))
+    swapper = Swapper(versions, shelf, models, pool, settings.keep_versions)
+    await swapper.restore()
+    proxy = Proxy(settings, worker, pool, versions, swapper, shelf)
+    async with asyncio.TaskGroup() as tasks:
+        working = tasks.create_task(_alive(worker))
+        attendants = [
+            tasks.create_task(pool.run()),
+            tasks.create_task(swapper.run()),
+            tasks.create_task(
+                follow(list(settings.servers), settings.credentials, versions, swapper)
+            ),
+        ]
+        async with serving(proxy):
+            await stop.wait()
+            await proxy.drained(settings.drain_s)
+        for attendant in attendants:
+            attendant.cancel()
+        worker.stop()
+        await working
+    await pool.close()
+
+
+@asynccontextmanager
+async def serving(proxy: Proxy) -> AsyncGenerator[int]:
+    """The port answers while this is open; yields its number.
+
+    Raises:
+        ConfigError: the address cannot be had.
+    """
+    settings = proxy.settings
+    runner = web.AppRunner(
+        Server(proxy).application(),
+        access_log=None,
+        handler_cancellation=True,
+        shutdown_timeout=SHUTDOWN_S,
+    )
+    await runner.setup()
+    try:
+        try:
+            await web.TCPSite(runner, settings.host, settings.port).start()
+        except OSError as error:
+            raise ConfigError(
+                f"cannot listen on {settings.host}:{settings.port}: {error.strerror}; choose "
+                "another --port"
+            ) from error
+        listening: int = runner.addresses[0][1]
+        logs.get(NAME).info("listening", host=settings.host, port=listening)
+        yield listening
+    finally:
+        await runner.cleanup()
+
+
+async def _alive(worker: Worker) -> None:
+    """Return when the worker was stopped; fails if it ended by a bug, and the process with it."""
+    await worker.ended
+
+
+def _room(settings: Settings) -> Room:
+    threads = settings.threads or os.cpu_count() or 1
+    return Room(settings.context_tokens, settings.sequences, threads)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Settings, NAME, serve))

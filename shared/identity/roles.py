@@ -1,0 +1,130 @@
+"""What each kind of identity may publish and subscribe to: the one place that says so.
+
+The account's token carries these as templates of its signing keys, so that a device's own token
+stays small and a change here holds for every device when the registrar starts next. nats-server
+puts an identity's name where SELF stands.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from shared import subjects
+
+Role = Literal["device", "service", "observer", "operator", "outsider"]
+
+SELF = "{{name()}}"
+DIRECT_GET = "$JS.API.DIRECT.GET"
+STREAM_INFO = "$JS.API.STREAM.INFO.*"
+OWN_INBOX = f"_INBOX_{SELF}.>"
+
+JOINER = "joiner"
+JOINER_INBOX = f"_INBOX_{JOINER}"
+
+
+@dataclass(frozen=True, slots=True)
+class Rights:
+    """Subjects, as nats-server matches them; what is denied wins."""
+
+    publish: tuple[str, ...]
+    subscribe: tuple[str, ...]
+    never_publish: tuple[str, ...] = ()
+
+    def permissions(self) -> dict[str, object]:
+        """The same in the words of a token."""
+        publish: dict[str, object] = {"allow": list(self.publish)}
+        if self.never_publish:
+            publish["deny"] = list(self.never_publish)
+        return {"pub": publish, "sub": {"allow": list(self.subscribe)}}
+
+
+def inbox_prefix(name: str) -> str:
+    """Where answers to the identity `name` arrive."""
+    return f"_INBOX_{name}"
+
+
+def _direct_get(*streams: str) -> tuple[str, ...]:
+    return tuple(f"{DIRECT_GET}.{stream}{end}" for stream in streams for end in ("", ".>"))
+
+
+_OF_THE_BROKER = f"{subjects.PREFIX}.events.>"
+"""Followers trust its sequence headers: only the broker publishes here."""
+
+_OF_THE_FLEET = tuple(
+    f"{subjects.PREFIX}.{kind}.>"
+    for kind in (
+        *("log", "detail", "update", "settled"),
+        *("work", "wake", "report", "decision", "service"),
+    )
+)
+"""What devices and services say to each other, and no operator."""
+
+RIGHTS: Mapping[Role, Rights] = {
+    "device": Rights(
+        publish=(
+            subjects.work(SELF),
+            subjects.update("*", SELF),
+            subjects.report(SELF),
+            *_direct_get(subjects.LOG_STREAM, subjects.BLOBS_STREAM),
+        ),
+        subscribe=(
+            subjects.ALL_EVENTS,
+            subjects.wake(SELF),
+            subjects.settled(SELF),
+            OWN_INBOX,
+        ),
+    ),
+    "service": Rights(publish=(">",), subscribe=(">",), never_publish=(_OF_THE_BROKER,)),
+    "observer": Rights(
+        publish=(
+            subjects.service(SELF),
+            subjects.JOB_LIST,
+            subjects.DEVICE_LIST,
+            subjects.IDENTITY_LIST,
+            f"{DIRECT_GET}.>",
+            STREAM_INFO,
+        ),
+        subscribe=(f"{subjects.PREFIX}.>", OWN_INBOX),
+    ),
+    "operator": Rights(
+        publish=(
+            f"{subjects.PREFIX}.>",
+            f"{DIRECT_GET}.>",
+            STREAM_INFO,
+            f"$JS.API.STREAM.PURGE.{subjects.BLOBS_STREAM}",
+        ),
+        subscribe=(f"{subjects.PREFIX}.>", OWN_INBOX),
+        never_publish=(_OF_THE_BROKER, *_OF_THE_FLEET, subjects.ENROLL, subjects.REFUSED),
+    ),
+    "outsider": Rights(
+        publish=_direct_get(subjects.LOG_STREAM, subjects.BLOBS_STREAM),
+        # Any client's inbox is here: everybody else's answers arrive under another name.
+        subscribe=(f"{subjects.PREFIX}.events.>", f"{subjects.PREFIX}.decision.>", "_INBOX.>"),
+    ),
+}
+
+JOINER_RIGHTS: Mapping[str, object] = {
+    **Rights(publish=(subjects.ENROLL,), subscribe=(f"{JOINER_INBOX}.>",)).permissions(),
+    "bearer_token": True,
+    "subs": 8,
+    "payload": 4096,
+}
+"""A connection without credentials. It is nobody in particular, so it needs no key."""
+
+AUTH_ERRORS = "$SYS.SERVER.*.CLIENT.AUTH.ERR"
+CLAIMS_UPDATE = "$SYS.REQ.CLAIMS.UPDATE"
+SYSTEM_RIGHTS = Rights(
+    publish=(CLAIMS_UPDATE,), subscribe=(AUTH_ERRORS, f"{inbox_prefix('system')}.>")
+)
+"""What the registrar may do in the system account."""
+
+SERVICES: Mapping[str, Role] = {
+    "aggregator": "service",
+    "scheduler": "service",
+    "registrar": "service",
+    "telemetry": "observer",
+    "proxy_inference": "observer",
+    "console": "operator",
+    "outsider": "outsider",
+}
+"""Who gets a credentials file from `seedwire keys init`."""
