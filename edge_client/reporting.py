@@ -2,11 +2,11 @@
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 from edge_client.config import Settings
 from edge_client.state import Speeds
-from shared.engine.protocol import Opened
+from shared.dataset import no_row_yet
+from shared.engine.protocol import Held
 from shared.logs import get
 from shared.messages import DeviceReport
 from shared.metrics import Counters
@@ -39,28 +39,32 @@ class About:
         self._ended: dict[str, str] = {}
         self._problems: dict[str, str] = {}
         self._rows = self._heldout_rows = 0
+        self._news = (0, 0)
+        """The numbers of rows that a report was last asked for."""
         self._refused: set[str] = set()
-        self._read = False
 
-    def count_lines(self) -> None:
-        """Rows are counted as lines until the engine has read them. Blocks: call it in a thread."""
-        rows, heldout = _lines(self._settings.data), 0
-        if self._settings.evaluates:
-            heldout = _lines(self._settings.heldout)
-        if not self._read:
-            self._rows, self._heldout_rows = rows, heldout
+    def counted(self, rows: int, heldout: int) -> None:
+        """So many records are there, usable or not: the rows until the engine has read them.
 
-    def opened(self, opened: Opened) -> None:
+        Data that grows by the second is no news by the second: a tenth more or less is.
+        """
+        self._rows, self._heldout_rows = rows, heldout
+        settings = self._settings
+        waits = "" if rows or heldout else no_row_yet(settings.data or settings.heldout)
+        self.problem("rows", waits)
+        now = (rows, heldout)
+        if any(10 * abs(new - old) > old for new, old in zip(now, self._news, strict=True)):
+            self._news = now
+            self._changed()
+
+    def opened(self, held: Held) -> None:
         """The engine has read the data for a job."""
-        before = (self._read, self._rows, self._heldout_rows)
-        self._read, self._rows, self._heldout_rows = True, opened.rows, opened.heldout_rows
-        self._counters.put("rows_refused", opened.refused_rows)
-        for refusal in opened.refused:
+        self._counters.put("rows_refused", held.refused_rows)
+        for refusal in held.refused:
             if refusal not in self._refused:
                 self._refused.add(refusal)
                 log.warning("row_refused", row=refusal)
-        if before != (True, opened.rows, opened.heldout_rows):
-            self._changed()
+        self.counted(held.rows, held.heldout_rows)
 
     def problem(self, topic: str, text: str) -> None:
         """What keeps the device from helping, by topic; empty: nothing any more.
@@ -108,18 +112,6 @@ class About:
             unable=dict(list(unable.items())[-64:]),
             positions=dict(list({**self._ended, **self._positions}.items())[-64:]),
         )
-
-
-def _lines(path: str) -> int:
-    """How many lines of a file hold something."""
-    if not path:
-        return 0
-    try:
-        with Path(path).open("rb") as file:
-            return sum(not line.isspace() for line in file)
-    except OSError as error:
-        log.warning("data_unreadable", path=path, why=str(error))
-        return 0
 
 
 def _cores() -> int:

@@ -1,11 +1,10 @@
 """The labels of a job and the words that stand for them."""
 
-import json
 from pathlib import Path
-from typing import cast
 
 from services.console.failure import Usage
-from shared.errors import ConfigError
+from shared import dataset
+from shared.errors import ConfigError, EngineError
 from shared.messages import Task
 
 MAX_LABELS = 1000
@@ -29,22 +28,17 @@ def parse_labels(text: str) -> dict[str, str]:
 
 
 def labels_of(path: Path) -> dict[str, str]:
-    """The labels in the rows of a JSONL file, sorted, each its own word.
+    """The labels in the rows of a file or directory, sorted, each its own word.
 
     Raises:
-        ConfigError: the file cannot be read, or holds no labels or too many.
+        ConfigError: it cannot be read, or holds no labels or too many.
     """
-    found: set[str] = set()
     try:
-        with path.open("rb") as lines:
-            for line in lines:
-                label = _label_of(line)
-                if label:
-                    found.add(label)
-                if len(found) > MAX_LABELS:
-                    raise ConfigError(f"{path} has more than {MAX_LABELS} labels")
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+        found = dataset.labels_in(str(path), at_most=MAX_LABELS + 1)
+    except EngineError as error:
+        raise ConfigError(str(error)) from error
+    if len(found) > MAX_LABELS:
+        raise ConfigError(f"{path} has more than {MAX_LABELS} labels")
     if not found:
         raise ConfigError(f'{path} has no row with a label: {{"text": ..., "label": ...}}')
     return {label: label for label in sorted(found)}
@@ -56,12 +50,3 @@ def spaced(task: Task) -> dict[str, str]:
     if not tail or tail[-1].isspace():
         return task.labels
     return {label: word if word[0].isspace() else f" {word}" for label, word in task.labels.items()}
-
-
-def _label_of(line: bytes) -> str:
-    try:
-        row: object = json.loads(line)
-    except (ValueError, RecursionError):
-        return ""
-    label = cast("dict[str, object]", row).get("label") if isinstance(row, dict) else None
-    return str(label) if isinstance(label, str | int) and not isinstance(label, bool) else ""

@@ -1,18 +1,18 @@
 """A job on its way: look into the model, build the manifest, upload, ask the aggregator."""
 
 import secrets
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
-
 from services.console.client import ask
 from services.console.failure import Failure, Usage
 from services.console.manifest import manifest
+from services.console.printing import Printer
 from services.console.spec import Wanted
 from services.console.transfer import digest, upload
-from shared import subjects
+from shared import hub, subjects
 from shared.bus import Link
 from shared.codec import MAX_MESSAGE_BYTES, encode, encode_manifest
 from shared.engine.process import EngineProcess
@@ -45,7 +45,19 @@ class Submission:
             raise Usage(f"--model {self.model}: there is no such file")
 
 
-async def submit(bus: Link, submission: Submission, console: Console) -> None:
+async def located(name: str, *, data_set: bool) -> Path:
+    """Where a file lies that is named by its path or on the hub; fetched from there if need be.
+
+    Raises:
+        ConfigError, TransientError: it cannot be had from the hub.
+    """
+    if not hub.is_hub_name(name):
+        return Path(name)
+    hub.parse(name, data_set=data_set)
+    return await hub.fetch_in_child(name, progress=sys.stderr.isatty())
+
+
+async def submit(bus: Link, submission: Submission, printer: Printer) -> None:
     """The job is accepted, and its model in the blob store.
 
     Raises:
@@ -54,7 +66,7 @@ async def submit(bus: Link, submission: Submission, console: Console) -> None:
     await ask(bus, subjects.JOB_LIST, ListJobs(), JobsListed)  # it is there, and so is the store
     facts = await inspect(submission)
     task = submission.wanted.spec.task
-    ref = await digest(submission.model, console)
+    ref = await digest(submission.model, printer.bars)
     variant = Variant(ref.digest, ref.size_bytes, submission.model.name[:200], submission.url)
     made = manifest(
         facts,
@@ -70,10 +82,13 @@ async def submit(bus: Link, submission: Submission, console: Console) -> None:
     if len(encode(request)) > MAX_MESSAGE_BYTES:
         raise Failure("the job's settings are too large: fewer allow_devices or labels")
     if submission.upload:
-        await upload(bus, submission.model, console)
+        await upload(bus, submission.model, printer.bars)
     accepted = await ask(bus, subjects.JOB_SUBMIT, request, JobAccepted)
-    console.print(described(facts, made, task.labels), highlight=False, soft_wrap=True)
-    console.print(f"job {accepted.job} accepted; see `seedwire job watch {accepted.job}`")
+    printer.result(
+        {"job": accepted.job, **facts_of(facts, made, task.labels)},
+        f"{described(facts, made, task.labels)}\n"
+        f"job {accepted.job} accepted; see `seedwire job watch {accepted.job}`",
+    )
 
 
 async def inspect(submission: Submission) -> Facts:
@@ -92,6 +107,22 @@ async def inspect(submission: Submission) -> Facts:
     if not isinstance(facts, Facts):
         raise Failure(f"the engine answered a {type(facts).__name__}")
     return facts
+
+
+def facts_of(facts: Facts, made: Manifest, labels: dict[str, str]) -> dict[str, object]:
+    """What will be tuned, for programs."""
+    words = zip(labels.items(), facts.tokens, strict=True)
+    return {
+        "model": made.variants[0],
+        "architecture": facts.architecture,
+        "parameters": facts.parameters,
+        "adapter": {
+            "kinds": sorted({block.kind for block in made.blocks}),
+            "blocks": len(made.blocks),
+            "parameters": made.d,
+        },
+        "labels": {label: {"word": word, "token": token} for (label, word), token in words},
+    }
 
 
 def described(facts: Facts, made: Manifest, labels: dict[str, str]) -> str:

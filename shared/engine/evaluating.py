@@ -17,16 +17,13 @@ def evaluate(job: Job, request: Evaluate) -> EvaluateResult:
         EngineError: no held-out rows, another adapter, or a loss that is not finite.
     """
     job.require(request.digest)
-    held = len(job.data["heldout"].rows)
-    if not held:
-        raise EngineError("the job was opened without held-out rows; set the device's heldout file")
-    losses = job.losses("heldout", range(held))
+    losses = job.losses(rows := job.heldout())
     if not np.isfinite(losses.loss).all():
         raise EngineError(
             "the loss at theta is not finite; the adapter has diverged: lower the job's step"
         )
     return EvaluateResult(
-        examples=held,
+        examples=len(rows),
         correct=int(losses.right.sum()),
         weight=int(losses.weight.sum()),
         loss=float(losses.loss.sum()),

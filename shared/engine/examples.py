@@ -1,37 +1,62 @@
 """Rows become tokens: where the answer begins, and what is cut when a row is too long.
 
-The text alone is shortened, from its left, so that the template's end, where the model is asked,
-always survives. Only a row that is too long in spite of that loses the end of its answer.
+Of a text it is the beginning that goes, so that the template's end, where the model is asked,
+always survives; of a conversation its oldest exchanges, and then the beginning of what was said.
+Only what is too long in spite of that loses the end of its answer.
 """
+
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
 
 import numpy as np
 
-from shared.dataset import Row, split_template
+from shared.dataset import Row, Turn, split_template
 from shared.engine.model import TEMPLATE_EDGE, Example, Tokenizer
+from shared.engine.pieces import Piece, tokens_of
 from shared.errors import EngineError
 from shared.messages import Task
 
+_CUTS = 32
+"""Halvings that find how much of a conversation's last exchange fits."""
 
-def example(row: Row, task: Task, tokenizer: Tokenizer) -> Example:
-    """`row` as tokens, at most `task.max_tokens` of them."""
-    prompt = tokenizer.tokenize(row.prompt, start=True)
-    if task.loss == "choices":
+
+def example(row: Row | Turn, task: Task, tokenizer: Tokenizer) -> Example:
+    """`row` as tokens, at most `task.max_tokens` of them.
+
+    Raises:
+        EngineError: the model's chat template refuses the conversation.
+    """
+    before, said = _pieces(row, tokenizer)
+    prompt = tokens_of(before, tokenizer, start=True)
+    if isinstance(row, Row) and task.loss == "choices":
         tokens = _shortened(prompt, row, task.max_tokens, tokenizer)
         return Example(np.array(tokens, np.int32), np.array([row.label], np.int32))
-    answer = _following(row.prompt, prompt, row.completion, tokenizer, start=True)
-    if row.label < 0 and tokenizer.end >= 0:
+    answer = _following(before, prompt, said, tokenizer, start=True)
+    if isinstance(row, Row) and row.label < 0 and tokenizer.end >= 0:
         answer = [*answer, tokenizer.end]
     answer = answer[: max(task.max_tokens - min(len(prompt), task.max_tokens // 2), 1)]
-    prompt = _shortened(prompt, row, task.max_tokens - len(answer) + 1, tokenizer)
+    limit = task.max_tokens - len(answer) + 1
+    if isinstance(row, Row):
+        prompt = _shortened(prompt, row, limit, tokenizer)
+    elif len(prompt) > limit:
+        prompt = _shortened_turn(row, limit, tokenizer)
     tokens = [*prompt, *answer[:-1]]
     return Example(np.array(tokens, np.int32), np.array(answer, np.int32))
+
+
+def messages(turn: Turn) -> list[Mapping[str, str]]:
+    """What was said before the answer, as a chat template takes it."""
+    return [{"role": role, "content": content} for role, content in turn.before]
 
 
 def first_tokens(words: list[str], template: str, tokenizer: Tokenizer) -> list[int]:
     """The first token of each word as it would follow the template's end."""
     edge = split_template(template)[1] or TEMPLATE_EDGE
-    before = tokenizer.tokenize(edge, start=False)
-    return [_following(edge, before, word, tokenizer, start=False)[0] for word in words]
+    asked = [Piece(edge, False)]
+    before = tokens_of(asked, tokenizer, start=False)
+    return [
+        _following(asked, before, [Piece(word, False)], tokenizer, start=False)[0] for word in words
+    ]
 
 
 def choice_tokens(task: Task, tokenizer: Tokenizer) -> list[int]:
@@ -52,14 +77,28 @@ def choice_tokens(task: Task, tokenizer: Tokenizer) -> list[int]:
     return tokens
 
 
+def _pieces(row: Row | Turn, tokenizer: Tokenizer) -> tuple[list[Piece], list[Piece]]:
+    """What stands before the answer, and the answer."""
+    if isinstance(row, Turn):
+        return tokenizer.chat.pieces(messages(row)), tokenizer.chat.answer(row.answer)
+    before = [Piece(row.head, False), Piece(row.body, True), Piece(row.tail, False)]
+    before = [piece for piece in before if piece.text]
+    return before, [Piece(row.completion, row.label < 0)]
+
+
 def _following(
-    before: str, before_tokens: list[int], text: str, tokenizer: Tokenizer, *, start: bool
+    before: list[Piece],
+    before_tokens: list[int],
+    said: list[Piece],
+    tokenizer: Tokenizer,
+    *,
+    start: bool,
 ) -> list[int]:
-    """The tokens of `text` after `before`; alone where the two would melt into one token."""
-    both = tokenizer.tokenize(before + text, start=start)
+    """The tokens of `said` after `before`; alone where the two would melt into one token."""
+    both = tokens_of([*before, *said], tokenizer, start=start)
     if both[: len(before_tokens)] == before_tokens and len(both) > len(before_tokens):
         return both[len(before_tokens) :]
-    return tokenizer.tokenize(text, start=False)
+    return tokens_of(said, tokenizer, start=False)
 
 
 def _shortened(prompt: list[int], row: Row, limit: int, tokenizer: Tokenizer) -> list[int]:
@@ -71,3 +110,39 @@ def _shortened(prompt: list[int], row: Row, limit: int, tokenizer: Tokenizer) ->
     tail = len(tokenizer.tokenize(row.tail, start=False))
     kept = min(head, max(limit - tail, 0))
     return prompt[:kept] + prompt[kept + excess :]
+
+
+def _shortened_turn(turn: Turn, limit: int, tokenizer: Tokenizer) -> list[int]:
+    """The prompt's newest exchanges that fit; of the last what fits, with the template whole."""
+    said = messages(turn)
+    system = list(takewhile(lambda message: message["role"] == "system", said))
+    starts = [n for n, message in enumerate(said) if n > len(system) and message["role"] == "user"]
+    pieces = tokenizer.chat.pieces(said)
+    for first in starts:
+        try:
+            pieces = tokenizer.chat.pieces([*system, *said[first:]])
+        except EngineError:  # this template wants another beginning
+            continue
+        tokens = tokens_of(pieces, tokenizer, start=True)
+        if len(tokens) <= limit:
+            return tokens
+    none, all_ = 0, sum(len(piece.text) for piece in pieces if piece.private)
+    for _ in range(_CUTS):
+        if none >= all_:
+            break
+        half = (none + all_) // 2
+        if len(tokens_of(_without(pieces, half), tokenizer, start=True)) <= limit:
+            all_ = half
+        else:
+            none = half + 1
+    return tokens_of(_without(pieces, all_), tokenizer, start=True)[-limit:]
+
+
+def _without(pieces: Sequence[Piece], letters: int) -> list[Piece]:
+    """`pieces` without the first `letters` of what is private."""
+    left: list[Piece] = []
+    for text, private in pieces:
+        gone = min(letters, len(text)) if private else 0
+        letters -= gone
+        left.append(Piece(text[gone:], private))
+    return left

@@ -9,11 +9,14 @@ file of `Options`.
 """
 
 import os
+import re
 import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -24,6 +27,9 @@ from shared.engine.examples import first_tokens
 from shared.engine.model import Adaptation, Example, Losses, Sites
 from shared.engine.protocol import Facts
 from shared.errors import EngineError
+
+if TYPE_CHECKING:
+    from shared.engine.chat import ChatTemplate
 
 START, END, _FIRST_WORD = 0, 1, 2
 OUTPUT, MIXER = "output.weight", "blk.0.mix.weight"
@@ -68,11 +74,22 @@ class Words:
     """Each word is a token."""
 
     end = END
+    controls = re.compile(r"(?!)")
 
     def __init__(self, n_vocab: int) -> None:
         self._n_vocab = n_vocab
 
-    def tokenize(self, text: str, *, start: bool) -> list[int]:
+    @property
+    def chat(self) -> "ChatTemplate":
+        return self._chat
+
+    @cached_property
+    def _chat(self) -> "ChatTemplate":
+        from shared.engine.chat import ChatTemplate
+
+        return ChatTemplate(None, "", "")
+
+    def tokenize(self, text: str, *, start: bool, special: bool = True) -> list[int]:
         room = self._n_vocab - _FIRST_WORD
         hashed = [_FIRST_WORD + zlib.crc32(word.encode()) % room for word in text.split()]
         return [START, *hashed] if start else hashed

@@ -1,4 +1,4 @@
-"""GGUF files, as far as an engine needs them: what a model's header says, and adapters to write.
+"""GGUF files, as far as Seedwire needs them: what a model's header says, and adapters to write.
 
 Source: ggml's docs/gguf.md, version 3. Devices have no `gguf` package, and need very little of it.
 """
@@ -7,8 +7,11 @@ import mmap
 import os
 import struct
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +22,10 @@ Value = int | float | bool | str | None
 
 _MAGIC = b"GGUF"
 _ALIGNMENT = 32
-_STRING, _ARRAY = 8, 9
+_UINT32, _BOOL, _STRING, _ARRAY = 4, 7, 8, 9
 _SCALARS = dict(zip((*range(8), 10, 11, 12), ("<" + code for code in "BbHhIif?Qqd"), strict=True))
 _FLOAT32 = 6
-_F32 = 0
+_WRITTEN = {np.dtype(np.float32): 0, np.dtype(np.float16): 1}
 _SINGLE = {0: 4, 1: 2, 30: 2}
 _SMALL = {2: 18, 3: 20, 6: 22, 7: 24, 8: 34, 20: 18}
 _LARGE = {10: 84, 11: 110, 12: 144, 13: 176, 14: 210, 23: 136}
@@ -32,6 +35,9 @@ _BLOCKS = {
     for kind, size in sizes.items()
 }
 """Of the common tensor types: weights and bytes a block."""
+_PLAIN = {0: "F32", 1: "F16", 30: "BF16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0"}
+_MIXED = {10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 20: "IQ4_NL", 23: "IQ4_XS"}
+_NAMES = _PLAIN | _MIXED
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +48,8 @@ class Header:
     """Scalars and strings; of an array its length."""
     tensors: dict[str, tuple[int, ...]]
     """Each tensor's shape in ggml's order: (d_in, d_out) for a matrix."""
+    types: dict[str, str] = field(default_factory=dict[str, str])
+    """Each tensor's type, such as Q8_0."""
 
     @property
     def architecture(self) -> str:
@@ -52,9 +60,26 @@ class Header:
         value = self.metadata.get(f"{self.architecture}.{name}")
         return value if isinstance(value, int | float) else 0
 
+    def text(self, name: str) -> str:
+        """The metadata's entry `name` if it is a text; empty otherwise."""
+        value = self.metadata.get(name)
+        return value if isinstance(value, str) else ""
 
-def read_header(path: str) -> Header:
-    """The header of a complete GGUF file.
+    @property
+    def quantisation(self) -> str:
+        """The types of its weights with their shares, the largest first; none under 1%."""
+        weights: Counter[str] = Counter()
+        for name, kind in self.types.items():
+            weights[kind] += int(np.prod(self.tensors[name], dtype=np.int64))
+        large = [(kind, count / weights.total()) for kind, count in weights.most_common()]
+        large = [(kind, share) for kind, share in large if share >= 0.01]
+        if len(large) == 1:
+            return large[0][0]
+        return ", ".join(f"{kind} ({share:.0%})" for kind, share in large)
+
+
+def read_header(path: str, *, whole: bool = True) -> Header:
+    """The header of a GGUF file, which must be complete unless not `whole`.
 
     Raises:
         EngineError: missing, not GGUF, or cut short; names the file and the mend.
@@ -64,7 +89,7 @@ def read_header(path: str) -> Header:
             if file.read(4) != _MAGIC:
                 raise EngineError(f"{path}: not a GGUF file; convert the model to GGUF first")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _Reader(path, data).header()
+                return _Reader(path, data, whole=whole).header()
     except OSError as error:
         raise EngineError(f"{path}: cannot be read: {error.strerror}") from error
     except (struct.error, UnicodeDecodeError, KeyError) as error:
@@ -72,9 +97,10 @@ def read_header(path: str) -> Header:
 
 
 class _Reader:
-    def __init__(self, path: str, data: mmap.mmap) -> None:
+    def __init__(self, path: str, data: mmap.mmap, *, whole: bool) -> None:
         self._path = path
         self._data = data
+        self._whole = whole
         self._at = 4
 
     def header(self) -> Header:
@@ -87,22 +113,23 @@ class _Reader:
             name = self._string()
             metadata[name] = self._value(self._number("<I"))
         tensors: dict[str, tuple[int, ...]] = {}
+        types: dict[str, str] = {}
         end = 0
         for _ in range(tensor_count):
             name = self._string()
             shape = tuple(self._number("<Q") for _ in range(self._number("<I")))
             kind, offset = self._number("<I"), self._number("<Q")
-            tensors[name] = shape
+            tensors[name], types[name] = shape, _NAMES.get(kind, f"type {kind}")
             weights, size = _BLOCKS.get(kind, (1, 0))
             end = max(end, offset + int(np.prod(shape, dtype=np.int64)) // weights * size)
         alignment = int(metadata.get("general.alignment") or _ALIGNMENT)
         start = -(-self._at // alignment) * alignment
-        if end and start + end > len(self._data):
+        if self._whole and end and start + end > len(self._data):
             raise EngineError(
                 f"{self._path}: cut short: {len(self._data)} of at least {start + end} bytes; "
                 "fetch the file again"
             )
-        return Header(metadata, tensors)
+        return Header(metadata, tensors, types)
 
     def _number(self, code: str) -> int:
         (value,) = struct.unpack_from(code, self._data, self._at)
@@ -131,34 +158,32 @@ class _Reader:
         return count
 
 
-Matrix = tuple[str, NDArray[np.float32]]
-"""A tensor's name, and (d_out, d_in) float32."""
+Entry = str | bool | int | float
+"""What stands in a file that we write; an int is an unsigned one of 32 bits, a float of 32 too."""
+
+Tensor = tuple[str, NDArray[Any]]
+"""A tensor's name, and its float32 or float16 numbers: (d_out, d_in) for a matrix."""
+
+
+def write_file(path: Path, entries: Mapping[str, Entry], tensors: Sequence[Tensor]) -> None:
+    """A whole GGUF file is at `path`, in place of any that was."""
+    header, offsets, size = _laid_out(entries, tensors)
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        file.write(header)
+        for name, array in tensors:
+            file.seek(offsets[name])
+            file.write(_bytes(array))
+        file.truncate(size)
+    part.replace(path)
 
 
 class LoraFile:
     """A LoRA as an unnamed GGUF file whose tensors can be rewritten in place; F32 throughout."""
 
-    def __init__(self, architecture: str, tensors: Sequence[Matrix]) -> None:
-        entries = [
-            _entry("general.type", "adapter"),
-            _entry("general.architecture", architecture),
-            _entry("adapter.type", "lora"),
-            _packed_string("adapter.lora.alpha") + struct.pack("<If", _FLOAT32, 0.0),
-        ]
-        infos: list[bytes] = []
-        offsets: list[int] = []
-        end = 0
-        for name, array in tensors:
-            offsets.append(end)
-            rows, columns = array.shape
-            infos.append(_packed_string(name) + struct.pack("<IQQIQ", 2, columns, rows, _F32, end))
-            end = _aligned(end + array.nbytes)
-        header = _MAGIC + struct.pack("<IQQ", 3, len(infos), len(entries))
-        header += b"".join([*entries, *infos])
-        start = _aligned(len(header))
-        self._offsets = {
-            name: start + offset for (name, _), offset in zip(tensors, offsets, strict=True)
-        }
+    def __init__(self, architecture: str, tensors: Sequence[Tensor]) -> None:
+        entries = lora_entries(architecture, alpha=0.0)
+        header, self._offsets, size = _laid_out(entries, tensors)
         self._named = None
         if hasattr(os, "memfd_create"):
             self._fd = os.memfd_create("adapter")
@@ -166,14 +191,14 @@ class LoraFile:
         else:
             self._named = tempfile.NamedTemporaryFile(suffix=".gguf")  # noqa: SIM115  closed below
             self._fd, self.path = self._named.fileno(), self._named.name
-        os.truncate(self._fd, start + end)
+        os.truncate(self._fd, size)
         os.pwrite(self._fd, header, 0)
         for name, array in tensors:
             self.write(name, array)
 
     def write(self, name: str, array: NDArray[np.float32]) -> None:
         """Replace a tensor; the shape stays."""
-        data = np.ascontiguousarray(array, "<f4").reshape(-1).view(np.uint8).data
+        data = _bytes(array)
         at = self._offsets[name]
         while data:
             written = os.pwrite(self._fd, data, at)
@@ -186,6 +211,44 @@ class LoraFile:
             os.close(self._fd)
 
 
+def lora_entries(architecture: str, *, alpha: float) -> dict[str, Entry]:
+    """What makes a file a LoRA to llama.cpp.
+
+    It multiplies B A by alpha / rank, and by 1 where alpha is 0.
+    """
+    return {
+        "general.type": "adapter",
+        "general.architecture": architecture,
+        "adapter.type": "lora",
+        "adapter.lora.alpha": alpha,
+    }
+
+
+def _laid_out(
+    entries: Mapping[str, Entry], tensors: Sequence[Tensor]
+) -> tuple[bytes, dict[str, int], int]:
+    """The file's header, where each tensor begins in it, and its size."""
+    infos: list[bytes] = []
+    offsets: dict[str, int] = {}
+    end = 0
+    for name, array in tensors:
+        offsets[name] = end
+        shape = array.shape[::-1]
+        kind = _WRITTEN[array.dtype]
+        numbers = struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, end)
+        infos.append(_packed_string(name) + numbers)
+        end = _aligned(end + array.nbytes)
+    header = _MAGIC + struct.pack("<IQQ", 3, len(infos), len(entries))
+    header += b"".join([_entry(name, value) for name, value in entries.items()] + infos)
+    start = _aligned(len(header))
+    return header, {name: start + offset for name, offset in offsets.items()}, start + end
+
+
+def _bytes(array: NDArray[Any]) -> memoryview:
+    little = array.dtype.newbyteorder("<")
+    return np.ascontiguousarray(array, little).reshape(-1).view(np.uint8).data
+
+
 def _aligned(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
@@ -195,5 +258,14 @@ def _packed_string(text: str) -> bytes:
     return struct.pack("<Q", len(data)) + data
 
 
-def _entry(name: str, value: str) -> bytes:
-    return _packed_string(name) + struct.pack("<I", _STRING) + _packed_string(value)
+def _entry(name: str, value: Entry) -> bytes:
+    match value:
+        case str():
+            packed = struct.pack("<I", _STRING) + _packed_string(value)
+        case bool():
+            packed = struct.pack("<I?", _BOOL, value)
+        case int():
+            packed = struct.pack("<II", _UINT32, value)
+        case float():
+            packed = struct.pack("<If", _FLOAT32, value)
+    return _packed_string(name) + packed

@@ -2,21 +2,19 @@
 
 import hashlib
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shared import dataset
 from shared.adapter import Adapter
-from shared.dataset import Dataset
+from shared.dataset import REFUSED_SHOWN, Dataset, Row, Turn, check_task
 from shared.engine import last_layer
-from shared.engine.examples import choice_tokens, example
+from shared.engine.examples import choice_tokens, example, messages
 from shared.engine.model import Adaptation, Engine, Example, Losses, Sites
-from shared.engine.protocol import Opened, OpenJob, Standing
+from shared.engine.protocol import Held, Opened, OpenJob, Standing
 from shared.errors import EngineError
 
-Part = Literal["data", "heldout"]
+Rows = Sequence[Row | Turn]
 
 _CHUNK_ROWS = 256
 """Rows that are tokens at the same time; a multiple of what one decode holds."""
@@ -26,7 +24,7 @@ class Job:
     """Stands at the base model until commits or a snapshot move it."""
 
     def __init__(self, request: OpenJob, engine: Engine) -> None:
-        """Load the data, then the model.
+        """Load the model, then the data.
 
         Raises:
             EngineError: the data, the model or the manifest cannot be used; names the mend.
@@ -34,10 +32,6 @@ class Job:
         self.request = request
         self.adapter = Adapter.fresh(request.manifest)
         self.layout = self.adapter.layout
-        self.data = {
-            "data": _read(request.data, request),
-            "heldout": _read(request.heldout, request),
-        }
         manifest = self.adapter.manifest
         adaptation = Adaptation(
             manifest.architecture,
@@ -54,23 +48,51 @@ class Job:
         self.model = engine.open(request.model, adaptation, request.threads, task.max_tokens)
         try:
             choices = choice_tokens(task, self.model) if task.loss == "choices" else []
+            self._data = self._read(request.data)
+            self._heldout = self._read(request.heldout)
         except EngineError:
             self.model.close()
             raise
         self.model.choose_among(choices)
         self._cache = last_layer.SiteCache()
         self._base: tuple[object, Losses] | None = None
+        self._round: tuple[int, Rows] | None = None
 
     def opened(self) -> Opened:
         """What the daemon is told of a job just opened."""
-        data, heldout = self.data["data"], self.data["heldout"]
+        held = self._held()
         return Opened(
             digest=self.adapter.digest(),
-            rows=len(data.rows),
-            heldout_rows=len(heldout.rows),
-            refused_rows=data.refused_rows + heldout.refused_rows,
-            refused=[*data.refused, *heldout.refused][: dataset.REFUSED_SHOWN],
+            rows=held.rows,
+            heldout_rows=held.heldout_rows,
+            refused_rows=held.refused_rows,
+            refused=held.refused,
         )
+
+    def look(self) -> Held:
+        """See what data has come, gone or changed; a round that has begun keeps its rows."""
+        for data in (self._data, self._heldout):
+            if data is not None:
+                data.refresh()
+        return self._held()
+
+    def rows_of(self, round: int) -> Rows:
+        """The rows of the data as they were when work for `round` first asked for them.
+
+        Raises:
+            EngineError: there are none.
+        """
+        if self._round is None or self._round[0] != round:
+            self._round = (round, _now(self._data, "data"))
+        return self._round[1]
+
+    def heldout(self) -> Rows:
+        """The held-out rows as they are now.
+
+        Raises:
+            EngineError: there are none.
+        """
+        return _now(self._heldout, "heldout")
 
     def standing(self) -> Standing:
         return Standing(round=self.adapter.round, digest=self.adapter.digest())
@@ -95,44 +117,46 @@ class Job:
                 f"{self.adapter.digest()[:12]} after round {self.adapter.round}; catch up first"
             )
 
-    def examples(self, part: Part, rows: Sequence[int]) -> list[Example]:
-        """Rows of the data as tokens."""
-        task, held = self.request.task, self.data[part].rows
-        return [example(held[row], task, self.model) for row in rows]
+    def examples(self, rows: Rows) -> list[Example]:
+        """Rows as tokens."""
+        return [example(row, self.request.task, self.model) for row in rows]
 
-    def base_losses(self, rows: Sequence[int], examples: Sequence[Example]) -> Losses:
-        """Losses of `examples`, the data's `rows`, at theta; measured once per theta and batch."""
+    def base_losses(self, rows: Rows, examples: Sequence[Example]) -> Losses:
+        """Losses of `examples`, which are `rows`, at theta; measured once per theta and batch."""
         key = (self.adapter.digest(), tuple(rows))
         if self._base is None or self._base[0] != key:
             self.model.stand(self.adapter.values())
             self._base = (key, self.model.measure(examples))
         return self._base[1]
 
-    def sites(self, part: Part, rows: Sequence[int]) -> list[Sites]:
-        """The last layer's sites of rows of the data; only what is not kept is sent forward."""
+    def sites(self, rows: Rows) -> list[Sites]:
+        """The last layer's sites of rows; only what is not kept is sent forward.
+
+        Kept by what a row says, so that data which grows or is read anew costs only what is new.
+        """
         deep, stamp = self._deeper()
         self._cache.stand(stamp)
-        found = {row: self._cache.get((part, row)) for row in rows}
+        found = {row: self._cache.get(row) for row in rows}
         missing = [row for row, sites in found.items() if sites is None]
         for low in range(0, len(missing), _CHUNK_ROWS):
             chunk = missing[low : low + _CHUNK_ROWS]
             self.model.stand(deep)
-            measured = self.model.sites(self.examples(part, chunk))
+            measured = self.model.sites(self.examples(chunk))
             for row, sites in zip(chunk, measured, strict=True):
                 found[row] = sites
-                self._cache.put((part, row), sites)
-        return [sites for sites in found.values() if sites is not None]
+                self._cache.put(row, sites)
+        return [sites for row in rows if (sites := found[row]) is not None]
 
-    def losses(self, part: Part, rows: Sequence[int]) -> Losses:
-        """Losses of rows of the data at theta."""
+    def losses(self, rows: Rows) -> Losses:
+        """Losses of rows at theta."""
         chunks: list[Losses] = []
         for low in range(0, len(rows), _CHUNK_ROWS):
             chunk = rows[low : low + _CHUNK_ROWS]
             if self.has_output_rows:
-                chunks.append(last_layer.losses(self.sites(part, chunk), self.deltas()))
+                chunks.append(last_layer.losses(self.sites(chunk), self.deltas()))
             else:
                 self.model.stand(self.adapter.values())
-                chunks.append(self.model.measure(self.examples(part, chunk)))
+                chunks.append(self.model.measure(self.examples(chunk)))
         return Losses(
             np.concatenate([chunk.loss for chunk in chunks]),
             np.concatenate([chunk.weight for chunk in chunks]),
@@ -160,9 +184,26 @@ class Job:
                 values[offsets[number] : offsets[number + 1]] = 0.0
         return values, hashlib.sha256(values.data).digest()
 
+    def _read(self, path: str) -> Dataset | None:
+        task = self.request.task
+        if not path:
+            check_task(task)
+            return None
+        return Dataset(path, task, lambda turn: self.model.chat.pieces(messages(turn)))
 
-def _read(path: str, request: OpenJob) -> Dataset:
-    if not path:
-        dataset.check_task(request.task)
-        return Dataset([], [], 0)
-    return dataset.read(path, request.task)
+    def _held(self) -> Held:
+        both = [data for data in (self._data, self._heldout) if data is not None]
+        return Held(
+            rows=len(self._data.rows) if self._data else 0,
+            heldout_rows=len(self._heldout.rows) if self._heldout else 0,
+            refused_rows=sum(data.refused_rows for data in both),
+            refused=[why for data in both for why in data.refused][:REFUSED_SHOWN],
+        )
+
+
+def _now(data: Dataset | None, setting: str) -> Rows:
+    if data is None:
+        raise EngineError(f"the job was opened without rows; set the device's {setting}")
+    data.refresh()
+    data.require()
+    return data.rows

@@ -6,8 +6,10 @@ batch longer than the context was made for; the context here holds the longest e
 """
 
 import ctypes
+import re
 from collections.abc import Sequence
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +33,9 @@ from shared.engine.native import (
 )
 from shared.engine.protocol import Facts
 from shared.errors import EngineError
+
+if TYPE_CHECKING:
+    from shared.engine.chat import ChatTemplate  # Jinja, which only conversations need
 
 _BATCH_TOKENS = 512
 _SEQUENCES = 64
@@ -84,17 +89,50 @@ class Vocabulary:
     def __init__(self, model: Any) -> None:
         self._vocabulary = native.llama_model_get_vocab(model)
         self._start = native.llama_vocab_bos(self._vocabulary)
-        self._starts = native.llama_vocab_get_add_bos(self._vocabulary) and self._start >= 0
+        self._starts = bool(native.llama_vocab_get_add_bos(self._vocabulary)) and self._start >= 0
         self.end = int(native.llama_vocab_eos(self._vocabulary))
         self.size = int(native.llama_vocab_n_tokens(self._vocabulary))
+        self._template: bytes | None = native.llama_model_chat_template(model, None)
 
-    def tokenize(self, text: str, *, start: bool) -> list[int]:
+    @property
+    def controls(self) -> re.Pattern[str]:
+        return self._controls
+
+    @cached_property
+    def _controls(self) -> re.Pattern[str]:
+        kinds = native.LLAMA_TOKEN_ATTR_CONTROL | native.LLAMA_TOKEN_ATTR_UNKNOWN
+        spelled = {
+            self._spelling(token)
+            for token in range(self.size)
+            if native.llama_vocab_get_attr(self._vocabulary, token) & kinds
+        }
+        longest_first = sorted(filter(None, spelled), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+    @property
+    def chat(self) -> "ChatTemplate":
+        return self._chat
+
+    @cached_property
+    def _chat(self) -> "ChatTemplate":
+        from shared.engine.chat import ChatTemplate
+
+        text = self._template.decode(errors="replace") if self._template else None
+        bos, eos = self._spelling(self._start), self._spelling(self.end)
+        return ChatTemplate(text, bos, eos, starts=self._starts)
+
+    def _spelling(self, token: int) -> str:
+        if token < 0:
+            return ""
+        return native.llama_vocab_get_text(self._vocabulary, token).decode(errors="replace")
+
+    def tokenize(self, text: str, *, start: bool, special: bool = True) -> list[int]:
         data = text.encode()
         room = len(data) + 8
         while True:
             found = (native.llama_token * room)()
             count = native.llama_tokenize(
-                self._vocabulary, data, len(data), found, room, False, True
+                self._vocabulary, data, len(data), found, room, False, special
             )
             if count >= 0:
                 break

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.engine.adapter_tensors import LoraTensors, control_vectors, numbers
 from shared.engine.fitting import OUTPUT
-from shared.engine.gguf_file import Header, LoraFile, Matrix
+from shared.engine.gguf_file import Header, LoraFile
 from shared.engine.model import Adaptation
 from shared.engine.native import native, pointer, reason
 from shared.errors import EngineError
@@ -26,66 +27,34 @@ class Lora:
         self._model = model
         self._context = context
         self._blocks = blocks
-        self._columns: dict[str, list[int]] = {}
-        for number, block in enumerate(blocks.blocks):
-            if block.kind == "lora_b":
-                self._columns.setdefault(block.tensor, []).append(number)
-        self._row_blocks = [n for n, b in enumerate(blocks.blocks) if b.kind == "output_rows"]
-        self._tied = OUTPUT not in header.tensors
+        tied = OUTPUT not in header.tensors
+        self._tensors = LoraTensors(header, blocks, rows=not tied)
+        self._fixed_rows = numbers(blocks, "output_rows") if tied else []
         self._architecture = header.architecture
         self._file: LoraFile | None = None
         self._loaded: Any = None
 
     def set(self, values: NDArray[np.float32]) -> None:
         """Carry `values` (d,); nothing is in the model's way while its blocks are all zero."""
-        parts = {number: self._blocks.part(number, values) for number in self._numbers()}
-        if self._loaded is None and not any(part.any() for part in parts.values()):
-            return
-        if self._row_blocks and self._tied and any(parts[n].any() for n in self._row_blocks):
+        if any(self._blocks.part(number, values).any() for number in self._fixed_rows):
             raise EngineError(
                 "the model ties its output to its embeddings, so llama.cpp cannot probe output "
                 f"rows; use how: exact, or a GGUF with its own {OUTPUT}"
             )
+        moving = self._tensors.moving(values)
+        if self._loaded is None and not any(matrix.any() for _, matrix in moving):
+            return
         if self._file is None:
-            self._file = LoraFile(self._architecture, self._fresh(parts))
-        for name, numbers in self._columns.items():
-            columns = np.stack([parts[number] for number in numbers], axis=1)
-            self._file.write(f"{name}.lora_b", columns)
-        if self._carries_rows:
-            rows = np.concatenate([parts[number] for number in self._row_blocks])
-            self._file.write(f"{OUTPUT}.lora_a", rows)
+            self._file = LoraFile(self._architecture, [*self._tensors.fixed(), *moving])
+        else:
+            for name, matrix in moving:
+                self._file.write(name, matrix)
         self._load(self._file.path)
 
     def close(self) -> None:
         self._unload()
         if self._file is not None:
             self._file.close()
-
-    @property
-    def _carries_rows(self) -> bool:
-        return bool(self._row_blocks) and not self._tied
-
-    def _numbers(self) -> list[int]:
-        columns = [number for numbers in self._columns.values() for number in numbers]
-        return [*columns, *self._row_blocks]
-
-    def _fresh(self, parts: dict[int, NDArray[np.float32]]) -> list[Matrix]:
-        """All tensors of the adapter: what stays, and room for what is rewritten."""
-        tensors: list[Matrix] = []
-        for name, numbers in self._columns.items():
-            fixed = np.stack([self._blocks.fixed_a(number) for number in numbers])
-            tensors.append((f"{name}.lora_a", fixed))
-            outs = len(parts[numbers[0]])
-            tensors.append((f"{name}.lora_b", np.zeros((outs, len(numbers)), np.float32)))
-        if self._carries_rows:
-            rows = self._blocks.output_rows
-            width = parts[self._row_blocks[0]].shape[1]
-            tensors.append((f"{OUTPUT}.lora_a", np.zeros((len(rows), width), np.float32)))
-            size = native.llama_vocab_n_tokens(native.llama_model_get_vocab(self._model))
-            selector = np.zeros((size, len(rows)), np.float32)
-            selector[rows, np.arange(len(rows))] = 1.0
-            tensors.append((f"{OUTPUT}.lora_b", selector))
-        return tensors
 
     def _load(self, path: str) -> None:
         self._unload()
@@ -109,7 +78,6 @@ class Control:
     def __init__(self, context: Any, model: Any, blocks: Adaptation) -> None:
         self._context = context
         self._blocks = blocks
-        self._numbers = [n for n, block in enumerate(blocks.blocks) if block.kind == "control"]
         layers = int(native.llama_model_n_layer(model))
         width = int(native.llama_model_n_embd(model))
         self._vectors = np.zeros((layers - 1, width), np.float32)
@@ -118,20 +86,19 @@ class Control:
 
     def set(self, values: NDArray[np.float32]) -> None:
         """Carry `values` (d,); nothing is in the model's way while its blocks are all zero."""
-        parts = {number: self._blocks.part(number, values) for number in self._numbers}
-        if not parts or not (self._set or any(part.any() for part in parts.values())):
+        vectors = control_vectors(self._blocks, values)
+        if not vectors or not (self._set or any(part.any() for part in vectors.values())):
             return
-        layers = {number: self._blocks.blocks[number].layer for number in parts}
         self._vectors[:] = 0.0
-        for number, part in parts.items():
-            self._vectors[layers[number] - 1] += part
+        for layer, vector in vectors.items():
+            self._vectors[layer - 1] = vector
         code = native.llama_set_adapter_cvec(
             self._context,
             pointer(self._vectors, ctypes.c_float),
             self._vectors.size,
             self._vectors.shape[1],
-            min(layers.values()),
-            max(layers.values()),
+            min(vectors),
+            max(vectors),
         )
         if code:
             raise EngineError(f"llama.cpp cannot carry the control vector: {reason()}")

@@ -5,9 +5,10 @@ losses. The same sequences in the same order are laid out alike every time, so w
 by is the adapter alone.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,9 @@ from numpy.typing import NDArray
 from shared import directions
 from shared.engine.protocol import Facts
 from shared.messages.jobs import Block
+
+if TYPE_CHECKING:
+    from shared.engine.chat import ChatTemplate  # Jinja, which only conversations need
 
 TEMPLATE_EDGE = "\n"
 """Stands for the text before a word where the template ends with `{text}` itself."""
@@ -77,8 +81,25 @@ class Tokenizer(Protocol):
         """The token that ends a text, or -1 where the model has none."""
         ...
 
-    def tokenize(self, text: str, *, start: bool) -> list[int]:
-        """The tokens of `text`; with `start`, what the model wants at the start comes first."""
+    @property
+    def controls(self) -> re.Pattern[str]:
+        """Finds the spelling of any control token."""
+        ...
+
+    @property
+    def chat(self) -> "ChatTemplate":
+        """The model's chat template.
+
+        Raises:
+            EngineError: it is broken.
+        """
+        ...
+
+    def tokenize(self, text: str, *, start: bool, special: bool = True) -> list[int]:
+        """The tokens of `text`; with `start`, what the model wants at the start comes first.
+
+        `special`: what spells a control token becomes that token.
+        """
         ...
 
 

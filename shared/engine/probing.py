@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared import directions
+from shared.dataset import Row, Turn
 from shared.engine import last_layer
 from shared.engine.job import Job
 from shared.engine.model import Losses
@@ -33,11 +34,10 @@ def probe(job: Job, request: Probe) -> ProbeResult:
             is not finite.
     """
     job.require(request.digest)
-    held = len(job.data["data"].rows)
-    if not held:
-        raise EngineError("the job was opened without data; set the device's data file")
+    held = job.rows_of(request.round)
     seed, device = job.adapter.manifest.seed, job.request.device
-    rows = batch(seed, request.round, device, held, request.batch_rows)
+    drawn = batch(seed, request.round, device, len(held), request.batch_rows)
+    rows = [held[number] for number in drawn]
     if request.how == "exact":
         base, differences = _exact(job, request, rows)
         kept = _fits(differences)
@@ -92,12 +92,12 @@ def kept_ranges(ranges: list[Range], kept: NDArray[np.bool_]) -> list[Range]:
 
 
 def _probe(
-    job: Job, request: Probe, rows: list[int]
+    job: Job, request: Probe, rows: list[Row | Turn]
 ) -> tuple[Losses, NDArray[np.float64], NDArray[np.float64]]:
     """Base losses, and S+ - S- and S+ + S- - 2 S0 in 2^-20 nat, (n,) float64 each."""
     start, count = job.layout.span(request.scope)
     manifest = job.adapter.manifest
-    examples = job.examples("data", rows)
+    examples = job.examples(rows)
     base = _finite(job.base_losses(rows, examples))
     theta = job.adapter.values()
     reach = job.layout.magnitudes[start : start + count] * np.float32(request.eps)
@@ -120,14 +120,14 @@ def _probe(
     return base, np.array(differences) * NAT, np.array(bends) * NAT
 
 
-def _exact(job: Job, request: Probe, rows: list[int]) -> tuple[Losses, NDArray[np.float64]]:
+def _exact(job: Job, request: Probe, rows: list[Row | Turn]) -> tuple[Losses, NDArray[np.float64]]:
     """Base losses, and 2 eps <gradient, z_j> in 2^-20 nat, (n,) float64."""
     manifest = job.adapter.manifest
     start, count = job.layout.span(request.scope)
     first, blocks = request.scope
     if not all(block.kind == "output_rows" for block in manifest.blocks[first : first + blocks]):
         raise EngineError("how: exact needs a scope of output_rows blocks alone; use how: probe")
-    sites, deltas = job.sites("data", rows), job.deltas()
+    sites, deltas = job.sites(rows), job.deltas()
     base = _finite(last_layer.losses(sites, deltas))
     gradient = last_layer.gradient(sites, deltas).ravel()
     before = sum(

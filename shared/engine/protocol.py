@@ -29,7 +29,7 @@ class Inspect(Request, frozen=True):
 class OpenJob(Request, frozen=True):
     """Load model and data for a job at theta = 0, round 0 of `epoch`. Answered by Opened.
 
-    `data` and `heldout` are JSONL paths; either may be empty.
+    `data` and `heldout` are files or directories of rows; either may be empty.
     """
 
     job: str
@@ -40,6 +40,12 @@ class OpenJob(Request, frozen=True):
     heldout: str
     device: str
     threads: int = 1
+
+
+class Look(Request, frozen=True):
+    """See what data has come, gone or changed; the next round takes it. Answered by Held."""
+
+    job: str
 
 
 class Restore(Request, frozen=True):
@@ -103,14 +109,19 @@ class Facts(Answer, frozen=True):
     parameters: int = 0
 
 
-class Opened(Answer, frozen=True):
+class Held(Answer, frozen=True):
     """`refused` are rows that could not be used: `<file>:<line>: why`; at most 20 of them."""
 
-    digest: str
     rows: int
     heldout_rows: int
     refused_rows: int
     refused: list[str]
+
+
+class Opened(Held, frozen=True):
+    """The job is open, with the adapter `digest`."""
+
+    digest: str
 
 
 class Standing(Answer, frozen=True):
@@ -144,8 +155,8 @@ class Failed(Answer, frozen=True):
     """Not a refusal but an unexpected exception; `reason` holds its traceback."""
 
 
-RequestUnion = Inspect | OpenJob | Restore | Apply | Probe | Evaluate | CloseJob
-AnswerUnion = Facts | Opened | Standing | Probed | Evaluated | Done | Failed
+RequestUnion = Inspect | OpenJob | Look | Restore | Apply | Probe | Evaluate | CloseJob
+AnswerUnion = Facts | Held | Opened | Standing | Probed | Evaluated | Done | Failed
 
 Kind = Annotated[str, Meta(max_length=32)]
 

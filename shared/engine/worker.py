@@ -31,6 +31,7 @@ from shared.engine.protocol import (
     Evaluated,
     Failed,
     Inspect,
+    Look,
     OpenJob,
     Probe,
     Probed,
@@ -68,6 +69,8 @@ class Child:
                 self._close(request.job)
                 job = self._jobs[request.job] = Job(request, self._engine)
                 return job.opened()
+            case Look():
+                return self._job(request.job).look()
             case Restore():
                 return self._restore(request)
             case Apply():

@@ -4,7 +4,7 @@ Small enough to be written in milliseconds, and loaded by llama.cpp like any oth
 mean nothing. The tokenizer is byte-level BPE with a handful of merges.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -39,14 +39,19 @@ def write(
     quantized: bool = True,
     plus: Mapping[str, NDArray[np.float32]] = MappingProxyType({}),
     seed: int = 1,
+    controls: Sequence[str] = (),
+    chat_template: str = "",
 ) -> Path:
     """A GGUF file at `path`: matrices in Q8_0, or in F32 where not `quantized`.
 
-    The matrices in `plus` are added to those of the same name.
+    The matrices in `plus` are added to those of the same name. `controls` are control tokens beside
+    `<|end|>`, which begins and ends a text.
     """
     writer = gguf.GGUFWriter(path, architecture)
     _describe(writer, architecture, shape)
-    _tokenizer(writer, shape.vocabulary)
+    _tokenizer(writer, shape.vocabulary, controls)
+    if chat_template:
+        writer.add_chat_template(chat_template)
     random = np.random.default_rng(seed)
     for name, dims in _tensors(architecture, shape, tied=tied).items():
         if len(dims) == 1:
@@ -85,9 +90,11 @@ def _describe(writer: gguf.GGUFWriter, architecture: str, shape: Shape) -> None:
     writer.add_vocab_size(shape.vocabulary)
 
 
-def _tokenizer(writer: gguf.GGUFWriter, vocabulary: int) -> None:
+def _tokenizer(writer: gguf.GGUFWriter, vocabulary: int, controls: Sequence[str]) -> None:
     tokens = ["<|end|>", *_byte_letters(), *(merge.replace(" ", "") for merge in MERGES)]
     kinds = [gguf.TokenType.CONTROL, *[gguf.TokenType.NORMAL] * (len(tokens) - 1)]
+    tokens += controls
+    kinds += [gguf.TokenType.CONTROL] * len(controls)
     spare = vocabulary - len(tokens)
     tokens += [f"<|unused{number}|>" for number in range(spare)]
     kinds += [gguf.TokenType.UNUSED] * spare

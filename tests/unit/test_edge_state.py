@@ -124,11 +124,12 @@ def test_settings_that_cannot_work_name_the_mend(tmp_path: Path) -> None:
         completed(Settings(device="a", data=__file__, trusted=True))
     with pytest.raises(ConfigError, match="cannot be read"):
         completed(Settings(device="a", data="/nowhere/rows.jsonl"))
-    with pytest.raises(ConfigError, match=r"data: .* is a directory; name a JSONL file"):
-        completed(Settings(device="a", data=str(tmp_path)))
+    with pytest.raises(ConfigError, match="rows come from a data set: hf://datasets/"):
+        completed(Settings(device="a", data="hf://owner/repo/rows.jsonl"))
+    assert completed(Settings(device="a", data=str(tmp_path))).data, "it may be empty still"
     empty = tmp_path / "empty.jsonl"
     empty.touch()
-    with pytest.raises(ConfigError, match=r"heldout: .* is empty; name a JSONL file"):
+    with pytest.raises(ConfigError, match=r"heldout: .* is empty; name a JSONL or CSV file"):
         completed(Settings(device="a", heldout=str(empty), trusted=True))
     with pytest.raises(ConfigError, match=r"models: /nowhere/m\.gguf cannot be read; name a GGUF"):
         completed(Settings(device="a", data=__file__, models=["/nowhere/m.gguf"]))

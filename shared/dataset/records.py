@@ -1,0 +1,189 @@
+"""Records of a JSONL or CSV file, with their real lines, and where to go on when it has grown.
+
+Knows no meaning: a record is the bytes of one JSON line, or the cells of one CSV record by column.
+"""
+
+import csv
+import gzip
+import zlib
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import IO, cast
+
+COLUMNS = (frozenset({"text", "label"}), frozenset({"prompt", "completion"}))
+"""A CSV file's header names all of one of these."""
+SUFFIXES = (".jsonl", ".csv", ".tsv")
+"""Of files in a directory; each may be followed by .gz."""
+
+_KNOWN_COLUMNS = frozenset[str]().union(*COLUMNS)
+_BOM = b"\xef\xbb\xbf"
+_DELIMITERS = ",;\t"
+_LARGEST_FIELD = 1 << 20
+
+csv.field_size_limit(_LARGEST_FIELD)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What begins in `line`, counted from 1: a JSON line, cells by column, or why it is neither."""
+
+    line: int
+    content: bytes | dict[str, str] | None
+    refusal: str = ""
+    whole: bool = True
+    """False for a last one without its newline: more of it may come."""
+
+
+@dataclass(slots=True)
+class Place:
+    """Everything before byte `offset`, where `line` begins, has been read."""
+
+    offset: int = 0
+    line: int = 1
+    header: tuple[str, ...] = ()
+    delimiter: str = ""
+
+
+def kind_of(path: str) -> str:
+    """`.jsonl`, `.csv` or `.tsv`; a name that says nothing is read as JSONL."""
+    suffix = PurePath(_plain_name(path)).suffix
+    return suffix if suffix in SUFFIXES else ".jsonl"
+
+
+def is_compressed(path: str) -> bool:
+    return path.lower().endswith(".gz")
+
+
+def opened(path: str) -> IO[bytes]:
+    """The file's text as bytes, decompressed. A .gz can only be read from its beginning.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if is_compressed(path):
+        return cast("IO[bytes]", gzip.open(path, "rb"))
+    return open(path, "rb")
+
+
+def records(path: str, file: IO[bytes], place: Place, *, closed: bool) -> Iterator[Record]:
+    """The records of `file` after `place`, which moves on with every record that is complete.
+
+    A last record without its newline is yielded too, and `place` stays before it, so that it comes
+    again. Where more may be written (not `closed`), that holds for a line of JSON only: half a CSV
+    record cannot be told from a whole one.
+    """
+    if place.offset:
+        file.seek(place.offset)
+    readline = file.readline
+    is_json = kind_of(path) == ".jsonl"
+    found = _json(readline, place) if is_json else _csv(path, readline, place, closed)
+    try:
+        yield from found
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        if closed:
+            yield Record(place.line, None, f"the rest is no gzip data: {error}")
+
+
+def _json(readline: Callable[[], bytes], place: Place) -> Iterator[Record]:
+    while raw := readline():
+        line, whole = place.line, raw.endswith(b"\n")
+        content = raw.removeprefix(_BOM) if not place.offset else raw
+        if whole:
+            place.offset += len(raw)
+            place.line += 1
+        if content.strip():
+            yield Record(line, content, whole=whole)
+
+
+class _Feed:
+    """Raw lines for csv.reader: those of the record in hand are kept, to be given again."""
+
+    def __init__(self, readline: Callable[[], bytes]) -> None:
+        self._readline = readline
+        self._again: deque[bytes] = deque()
+        self.taken: list[bytes] = []
+        self.ended = False
+
+    def __iter__(self) -> Generator[str, None, None]:
+        while raw := self._again.popleft() if self._again else self._readline():
+            self.taken.append(raw)
+            yield raw.decode("utf-8", "surrogateescape")
+        self.ended = True
+
+    def give_again(self) -> None:
+        """All lines of the record in hand but its first come again."""
+        self._again.extendleft(reversed(self.taken[1:]))
+        del self.taken[1:]
+        self.ended = False
+
+
+def _csv(path: str, readline: Callable[[], bytes], place: Place, closed: bool) -> Iterator[Record]:
+    if not place.header:
+        first = readline()
+        if not first.endswith(b"\n"):
+            return
+        place.delimiter, place.header = _header(path, first)
+        place.offset, place.line = len(first), 2
+    if not any(columns <= set(place.header) for columns in COLUMNS):
+        if place.line == 2:
+            yield Record(
+                1, None, "its header names neither text and label nor prompt and completion"
+            )
+            place.line += 1
+        return
+    feed = _Feed(readline)
+    reader = csv.reader(feed, delimiter=place.delimiter, strict=True)
+    while True:
+        feed.taken.clear()
+        try:
+            cells, refusal = next(reader), ""
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if feed.ended and not closed:
+                return
+            feed.give_again()
+            reader = csv.reader(feed, delimiter=place.delimiter, strict=True)
+            cells, refusal = [], f"not CSV: {error}"
+        line, whole = place.line, feed.taken[-1].endswith(b"\n")
+        if not whole and not closed:
+            return
+        if whole:
+            place.offset += sum(map(len, feed.taken))
+            place.line += len(feed.taken)
+        if refusal:
+            yield Record(line, None, refusal, whole)
+        elif cells:
+            content, refusal = _by_column(cells, place.header)
+            yield Record(line, content, refusal, whole)
+
+
+def _by_column(cells: list[str], header: tuple[str, ...]) -> tuple[dict[str, str] | None, str]:
+    """The cells of the columns that we know, or why there are none."""
+    if len(cells) != len(header):
+        return None, f"it has {len(cells)} cells, the header {len(header)}"
+    known = {name: cell for name, cell in zip(header, cells, strict=True) if name in _KNOWN_COLUMNS}
+    try:
+        "".join(known.values()).encode()
+    except UnicodeEncodeError:
+        return None, "it holds bytes that are not UTF-8"
+    return known, ""
+
+
+def _header(path: str, first: bytes) -> tuple[str, tuple[str, ...]]:
+    """The delimiter and the columns' names: whichever delimiter yields columns that we know."""
+    text = first.removeprefix(_BOM).decode("utf-8", "surrogateescape")
+    tried = ("",)
+    for delimiter in "\t" if kind_of(path) == ".tsv" else _DELIMITERS:
+        cells = next(csv.reader([text], delimiter=delimiter), [])
+        names = tuple(name.strip().lower() for name in cells)
+        if any(columns <= set(names) for columns in COLUMNS):
+            return delimiter, names
+        tried = max(tried, names, key=len)
+    return ",", tried
+
+
+def _plain_name(path: str) -> str:
+    return path.lower().removesuffix(".gz")
