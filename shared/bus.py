@@ -28,6 +28,14 @@ GAP = Delivery("", b"")
 
 
 @dataclass(frozen=True, slots=True)
+class Traffic:
+    """Bytes of messages over a link since it was made; the protocol's own are not counted."""
+
+    bytes_in: int = 0
+    bytes_out: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Stored:
     """One message of a stream, by its stream sequence (from 1)."""
 
@@ -112,6 +120,11 @@ class Bus(Protocol):
 
     @property
     def dropped(self) -> int: ...
+
+    @property
+    def traffic(self) -> Traffic:
+        """What went over all connections so far; it never falls."""
+        ...
 
     async def flush(self) -> None:
         """The broker has all that was published before.

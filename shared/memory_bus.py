@@ -22,6 +22,7 @@ from shared.bus import (
     SequenceMismatch,
     Stored,
     StreamSpec,
+    Traffic,
 )
 from shared.errors import TransientError
 from shared.mailbox import Mailbox
@@ -197,6 +198,7 @@ class MemoryBus:
         self._closed = False
         self._reconnects = 0
         self._dropped = 0
+        self._bytes_in = self._bytes_out = 0
         self._requests = 0
         self._takes: set[tuple[str, str]] = set()
         self._outgoing: list[tuple[str, bytes, Mapping[str, str]]] = []
@@ -217,11 +219,13 @@ class MemoryBus:
                 one.mailbox.mark_gap()
         waiting, self._outgoing = self._outgoing, []
         for subject, data, headers in waiting:
+            self._bytes_out += len(data)
             self._broker.published(subject, data, headers)
 
     def receive(self, mailbox: Mailbox, delivery: Delivery) -> None:
-        if self.connected and not mailbox.put(delivery):
-            self._dropped += 1
+        if self.connected:
+            self._bytes_in += len(delivery.data)
+            self._dropped += not mailbox.put(delivery)
 
     # Bus
 
@@ -237,12 +241,18 @@ class MemoryBus:
     def dropped(self) -> int:
         return self._dropped
 
+    @property
+    def traffic(self) -> Traffic:
+        """Of talk and appends; what is read from streams costs nothing here."""
+        return Traffic(self._bytes_in, self._bytes_out)
+
     async def publish(
         self, subject: str, data: bytes, headers: Mapping[str, str] | None = None
     ) -> None:
         if self._closed:
             raise TransientError("the connection to the broker was closed")
         if self.connected:
+            self._bytes_out += len(data)
             self._broker.published(subject, data, headers or {})
             return
         if len(data) + sum(len(waiting[1]) for waiting in self._outgoing) > OUTGOING_BYTES:
@@ -256,6 +266,7 @@ class MemoryBus:
             async with asyncio.timeout(timeout_s):
                 await self._ready()
                 async with self.subscribe(reply, limit=1) as answers:
+                    self._bytes_out += len(data)
                     if not self._broker.route(subject, data, {}, reply):
                         raise TransientError(f"nobody serves {subject}")
                     answer = await anext(answers, None)
@@ -312,6 +323,7 @@ class MemoryBus:
         headers: Mapping[str, str] | None = None,
     ) -> Appended:
         target = await self._stream(stream)
+        self._bytes_out += len(data)
         fate = self._broker.append_fate(subject, data)
         if fate == "lost":
             raise TransientError(f"no answer on {subject}")

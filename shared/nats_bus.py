@@ -5,7 +5,7 @@ count of attempts. Here a closed client is replaced by a new one, with every sub
 """
 
 import asyncio
-import random
+import secrets
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Mapping
 from contextlib import asynccontextmanager, contextmanager
@@ -16,20 +16,48 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
-from shared.bus import Delivery
+from shared.bus import Delivery, Traffic
 from shared.clock import backoff_s
-from shared.credentials import CONNECT_TIMEOUT_S, OUTGOING_BYTES, Credentials, client_options
+from shared.credentials import (
+    CONNECT_TIMEOUT_S,
+    OUTGOING_BYTES,
+    Credentials,
+    client_options,
+    needs_tls,
+)
 from shared.errors import ConfigError, TransientError
 from shared.jetstream import JetStream
 from shared.jetstream_api import NoResponders
 from shared.logs import get
 from shared.mailbox import Mailbox
 
+IN_VAIN_FIRST_S, IN_VAIN_CAP_S = 0.5, 15.0
+"""Backoff while the broker refuses us, or we it: somebody has to mend that."""
+IN_VAIN_TOLD_EVERY_S = 60.0
 SILENCE_S = 20
 """How long an overdue answer and an unanswered ping are put down to a slow link."""
+NO_TLS = "the broker offers no TLS, and our settings want it"
 LOST = "not connected to the broker: it is tried again all the time"
 
 _log = get("bus")
+
+
+class _Client(Client):
+    """Tells nobody who it is but under TLS, where TLS is wanted.
+
+    nats-py goes on in the clear with whoever offers no TLS, and an attacker would not.
+    """
+
+    def __init__(self, *, needs_tls: bool) -> None:
+        super().__init__()
+        self._needs_tls = needs_tls
+
+    def _connect_command(self) -> bytes:
+        assert self._current_server is not None
+        covered = self._server_info.get("tls_required") or self._current_server.uri.scheme == "wss"
+        if self._needs_tls and not covered:
+            raise nats.errors.Error(NO_TLS)
+        return super()._connect_command()
 
 
 @dataclass(eq=False, slots=True)
@@ -49,11 +77,13 @@ async def connect(
     ping_interval_s: int = 60,
     timeout_s: float = 5.0,
     ack_wait_s: float = 30.0,
+    patience_s: float | None = None,
 ) -> "NatsBus":
-    """A bus that is connected; waits for the broker for as long as that takes.
+    """A bus that is connected; waits for the broker for as long as that takes, or `patience_s`.
 
     Raises:
         ConfigError: an address or the credentials cannot be used.
+        TransientError: patience has run out; the text says what went wrong last, if anything did.
     """
     bus = NatsBus(
         servers,
@@ -64,7 +94,11 @@ async def connect(
         ack_wait_s=ack_wait_s,
     )
     try:
-        await bus.start()
+        async with asyncio.timeout(patience_s):
+            await bus.start()
+    except TimeoutError as error:
+        await bus.close()
+        raise TransientError(bus.failure) from error
     except BaseException:
         await bus.close()
         raise
@@ -87,18 +121,25 @@ class NatsBus(JetStream):
         super().__init__(timeout_s=timeout_s, ack_wait_s=ack_wait_s)
         self._name = name
         self._options = client_options(servers, name, credentials, ping_interval_s)
+        self._needs_tls = needs_tls(servers, credentials)
+        self.failure = ""
+        """Why the last attempt to connect failed."""
+        self._mend = credentials.mend
+        self._in_vain_told_at = -IN_VAIN_TOLD_EVERY_S
         self._shown = [server.rsplit("@", 1)[-1] for server in servers]  # no passwords in logs
         self._client: Client | None = None
         self._up = asyncio.Event()
         self._attention = asyncio.Event()
         self._connections = 0
         self._dropped = 0
+        self._earlier = Traffic()
+        """Of the clients that are gone."""
         self._closed = False
         self._supervisor: asyncio.Task[None] | None = None
         self._subscribed: list[_Subscribed] = []
         self._outgoing: deque[tuple[str, bytes, Mapping[str, str] | None]] = deque()
         self._outgoing_bytes = 0
-        self._inbox = f"{credentials.inbox_prefix}.{random.getrandbits(80):020x}"
+        self._inbox = f"{self._options['inbox_prefix']}.{secrets.token_urlsafe(6)}"
         self._replies: dict[str, Mailbox] = {}
         self._inboxes: list[Mailbox] = []
         self._numbers = 0
@@ -123,12 +164,14 @@ class NatsBus(JetStream):
                 self._up.set()
                 _log.info("broker_connected", bus=self._name, connections=self._connections)
                 await self._lost(client)
+                self._earlier = _plus(self._earlier, client)
                 self._went_down()
                 why = str(client.last_error or "closed by the server")
                 _log.warning("broker_lost", bus=self._name, why=why)
                 await _close(client)
         finally:
             self._closed = True
+            self._earlier = self.traffic
             self._went_down()
             for subscribed in self._subscribed:
                 subscribed.mailbox.close()
@@ -140,7 +183,7 @@ class NatsBus(JetStream):
         """A new client that is connected and has every subscription; tried for ever."""
         attempt = 0
         while True:
-            client = Client()
+            client = _Client(needs_tls=self._needs_tls)
             try:
                 async with asyncio.timeout(CONNECT_TIMEOUT_S * 4):
                     await client.connect(
@@ -148,17 +191,31 @@ class NatsBus(JetStream):
                     )
                     await self._attach_everything(client)
             except (OSError, EOFError, nats.errors.Error, TimeoutError, ValueError) as error:
-                why = str(client.last_error or error) or type(error).__name__
+                self.failure = why = str(client.last_error or error) or type(error).__name__
+                self._earlier = _plus(self._earlier, client)
                 await _close(client)
             except BaseException:
                 await _close(client)
                 raise
             else:
                 return client
+            if (event := _in_vain(why)) is not None:
+                self._tell_in_vain(event, why)
+                await asyncio.sleep(
+                    backoff_s(attempt, first_s=IN_VAIN_FIRST_S, cap_s=IN_VAIN_CAP_S)
+                )
+                attempt += 1
+                continue
             report = _log.debug if attempt % 10 else _log.warning
             report("broker_unreachable", bus=self._name, servers=self._shown, why=why)
             await asyncio.sleep(backoff_s(attempt, first_s=0.05, cap_s=4.0))
             attempt += 1
+
+    def _tell_in_vain(self, event: str, why: str) -> None:
+        now = asyncio.get_running_loop().time()
+        if now - self._in_vain_told_at >= IN_VAIN_TOLD_EVERY_S:
+            self._in_vain_told_at = now
+            _log.warning(event, bus=self._name, why=why, mend=self._mend)
 
     async def _attach_everything(self, client: Client) -> None:
         """All that waited for a connection has it; nothing new waits when this returns."""
@@ -221,6 +278,10 @@ class NatsBus(JetStream):
     @property
     def dropped(self) -> int:
         return self._dropped
+
+    @property
+    def traffic(self) -> Traffic:
+        return _plus(self._earlier, self._client) if self._client else self._earlier
 
     async def publish(
         self, subject: str, data: bytes, headers: Mapping[str, str] | None = None
@@ -397,10 +458,24 @@ class NatsBus(JetStream):
             _log.debug("broker_error", bus=self._name, why=str(error))
 
 
+def _in_vain(why: str) -> str | None:
+    """What to tell of a failure that trying again alone will not mend; None for any other."""
+    if "uthorization" in why or "uthentication" in why:
+        return "broker_refuses_us"
+    if "CERTIFICATE_VERIFY_FAILED" in why or NO_TLS in why:
+        return "broker_not_trusted"
+    return None
+
+
 def _delivery(message: Msg) -> Delivery:
     # str(): nats-py has an enum among the names of headers.
     headers = {str(getattr(k, "value", k)): v for k, v in (message.headers or {}).items()}
     return Delivery(message.subject, message.data, headers, message.reply)
+
+
+def _plus(earlier: Traffic, client: Client) -> Traffic:
+    stats = client.stats
+    return Traffic(earlier.bytes_in + stats["in_bytes"], earlier.bytes_out + stats["out_bytes"])
 
 
 def _headers(headers: Mapping[str, str] | None) -> dict[str, str] | None:

@@ -17,6 +17,7 @@ from shared.messages import (
     ModelPublished,
     RoundClosed,
     RoundOpened,
+    UpdatesFolded,
 )
 
 MAX_ROUNDS = 10_000
@@ -25,11 +26,15 @@ Row = TypeVar("Row")
 
 
 class RoundRow(msgspec.Struct):
-    """One round. `reason` is empty while it is open."""
+    """One round. `reason` is empty while it is open, and its counts are of what has come so far."""
 
     round: int
     kind: str = "tune"
     reason: str = ""
+    wanted: int = 0
+    """Devices that are enough for it; 0: its opening was not seen."""
+    wanted_probes: int = 0
+    deadline_s: float = 0.0
     devices: int = 0
     updates: int = 0
     late: int = 0
@@ -93,6 +98,10 @@ class JobHistory(msgspec.Struct):
     rounds: dict[int, RoundRow] = {}
     evaluations: dict[int, EvaluationRow] = {}
     published: dict[int, PublishedRow] = {}
+    arriving: int = -1
+    """The newest round that updates have come for."""
+    arrived: set[str] = set()
+    """Whose."""
 
     def evolve(self, event: LogEvent) -> None:
         """Take in one fact of the job's log."""
@@ -105,18 +114,42 @@ class JobHistory(msgspec.Struct):
                 self.epoch, self.digest = event.epoch, event.digest
             case RoundOpened():
                 self.round = max(self.round, event.round)
-                self.row(event.round).kind = event.kind
+                row = self.row(event.round)
+                row.kind, row.deadline_s = event.kind, event.deadline_s
+                row.wanted, row.wanted_probes = event.enough_devices, event.enough_probes
             case RoundClosed():
                 self._close(event)
             case AdapterEvaluated():
                 kept(self.evaluations, event.round, EvaluationRow(event.round)).add(event)
             case ModelPublished():
-                row = PublishedRow(
-                    event.round, event.digest, event.snapshot.digest, event.snapshot.size_bytes
+                snapshot = event.snapshot
+                version = PublishedRow(
+                    event.round, event.digest, snapshot.digest, snapshot.size_bytes
                 )
-                kept(self.published, event.round, row)
+                kept(self.published, event.round, version)
             case JobEnded():
                 self.status, self.reason, self.digest = "ended", event.reason, event.digest
+
+    def fold(self, event: UpdatesFolded) -> bool:
+        """Take in a batch of updates; whether it changed an open round.
+
+        The log may be ahead of the batches: what a close has counted stands.
+        """
+        row = self.rounds.get(event.round)
+        if event.round < self.arriving or (row is not None and row.reason):
+            return False
+        if event.round > self.arriving:
+            self.arriving, self.arrived = event.round, set()
+        row = self.row(event.round)
+        for update in event.updates:
+            if update.outcome == "late":
+                row.late += 1
+            else:
+                self.arrived.add(update.device)
+                row.probes += update.probes
+            row.updates += 1
+        row.devices = len(self.arrived)
+        return True
 
     def row(self, round: int) -> RoundRow:
         """The row of a round, new where there is none."""
@@ -137,6 +170,9 @@ class JobHistory(msgspec.Struct):
             "epoch": self.epoch,
             "round": self.round,
             "rounds_planned": self.rounds_planned,
+            "method": self.method,
+            "how": self.how,
+            "closed": self.closed,
             "digest": self.digest,
             "loss": self.loss,
             "heldout_loss": last.loss if last else None,

@@ -1,13 +1,36 @@
-"""The one port of a fleet: metrics, health, and history as JSON."""
+"""The one port of a fleet: metrics, health, history as JSON, and the live page."""
 
 from collections.abc import Awaitable, Callable
+from hashlib import sha256
+from importlib.resources import files
+from pathlib import PurePath
 
 import msgspec
 from aiohttp import web
 
 from services.telemetry.history import JobHistory
+from services.telemetry.live import Live
 from services.telemetry.metrics import CONTENT_TYPE, exposition
 from services.telemetry.service import Observer
+from shared.clock import SystemClock
+
+KINDS = {
+    ".html": "text/html",
+    ".css": "text/css",
+    ".js": "text/javascript",
+    ".svg": "image/svg+xml",
+}
+GUARD = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+"""Names and problems of devices are strangers' words: nothing in them may run or load."""
 
 
 class Pages:
@@ -15,9 +38,19 @@ class Pages:
 
     def __init__(self, observer: Observer) -> None:
         self._observer = observer
+        self.live = Live(observer, SystemClock())
+        self._page = {
+            "/" if part.name == "index.html" else f"/{part.name}": (part.read_bytes(), kind)
+            for part in (files("services.telemetry") / "page").iterdir()
+            if (kind := KINDS.get(PurePath(part.name).suffix))
+        }
+        """By path, what it holds and its kind."""
 
     def application(self) -> web.Application:
         application = web.Application(middlewares=[_json_errors])
+        application.on_response_prepare.append(_guard)
+        application.on_shutdown.append(self._close)
+        application.add_routes([web.get(path, self.page) for path in self._page])
         application.add_routes(
             [
                 web.get("/metrics", self.metrics),
@@ -26,9 +59,18 @@ class Pages:
                 web.get("/jobs", self.jobs),
                 web.get("/jobs/{job}", self.job),
                 web.get("/devices", self.devices),
+                web.get("/events", self.live.stream),
             ]
         )
         return application
+
+    async def page(self, request: web.Request) -> web.Response:
+        body, kind = self._page[request.path]
+        tag = sha256(body).hexdigest()[:32]
+        headers = {"Cache-Control": "no-cache", "ETag": f'"{tag}"'}
+        if any(each.value == tag for each in request.if_none_match or ()):
+            return web.Response(status=304, headers=headers)
+        return web.Response(body=body, content_type=kind, charset="utf-8", headers=headers)
 
     async def metrics(self, _: web.Request) -> web.Response:
         body = exposition(self._observer.state, self._observer.counted())
@@ -55,13 +97,17 @@ class Pages:
     async def devices(self, _: web.Request) -> web.Response:
         return _json({"devices": list(self._observer.state.devices.values())})
 
+    async def _close(self, _: web.Application) -> None:
+        self.live.close()
+
+
+async def _guard(_: web.Request, response: web.StreamResponse) -> None:
+    response.headers.update(GUARD)
+
 
 def _shown(job: JobHistory) -> dict[str, object]:
     return {
         **job.summary(),
-        "method": job.method,
-        "how": job.how,
-        "closed": job.closed,
         "rounds": list(job.rounds.values()),
         "evaluations": list(job.evaluations.values()),
         "published": list(job.published.values()),

@@ -4,14 +4,18 @@ import asyncio
 from collections.abc import Callable, Mapping
 from contextlib import aclosing
 
+from services.telemetry.metrics import SERVICE
 from services.telemetry.state import State
 from shared import log as job_log
 from shared import nats_bus, subjects
 from shared.bus import Bus, Delivery, Link, Streams
-from shared.codec import decode
+from shared.clock import Clock, SystemClock
+from shared.codec import check_sender, decode
+from shared.credentials import Credentials
 from shared.errors import InvalidUpdate, TransientError
 from shared.logs import get
 from shared.messages import (
+    ConnectionRefused,
     DecisionMade,
     DetailEvent,
     DeviceReport,
@@ -19,17 +23,23 @@ from shared.messages import (
     RoundReport,
     ServiceReport,
     UpdateSettled,
+    UpdatesFolded,
 )
 from shared.metrics import Counters
-from shared.runtime import settle
+from shared.runtime import project_version, settle
 
 log = get("telemetry")
+
+TICK_S = 1.0
+OWN_REPORT_TICKS = 5
 
 
 class Observer:
     """Feeds the state for as long as it runs; never writes."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock | None = None) -> None:
+        self._clock = clock or SystemClock()
+        self._started = self._clock.now()
         self.state = State()
         self.counters = Counters()
         self._bus: Bus | None = None
@@ -55,11 +65,14 @@ class Observer:
         if self._bus is not None:
             counted["reconnects"] = self._bus.reconnects
             counted["deliveries_dropped"] = self._bus.dropped
+            traffic = self._bus.traffic
+            counted["link_bytes_in"] = traffic.bytes_in
+            counted["link_bytes_out"] = traffic.bytes_out
         return counted
 
-    async def run(self, servers: list[str]) -> None:
+    async def run(self, servers: list[str], credentials: Credentials | None = None) -> None:
         """Connect, waiting for the broker if need be, and observe until cancelled."""
-        bus = await nats_bus.connect(servers, name="telemetry")
+        bus = await nats_bus.connect(servers, name="telemetry", credentials=credentials)
         try:
             await self.observe(bus)
         finally:
@@ -73,6 +86,8 @@ class Observer:
             tasks.create_task(self._listen(bus, subjects.ALL_SERVICES, self._on_service))
             tasks.create_task(self._listen(bus, subjects.ALL_DECISIONS, self._on_decision))
             tasks.create_task(self._listen(bus, subjects.ALL_SETTLED, self._on_settled))
+            tasks.create_task(self._listen(bus, subjects.REFUSED, self._on_refused))
+            tasks.create_task(self._ticks())
             tasks.create_task(self._jobs(bus))
             tasks.create_task(self._details(bus))
 
@@ -113,8 +128,27 @@ class Observer:
     async def _on_event(self, event: LogEvent | DetailEvent) -> None:
         if isinstance(event, RoundReport):
             self.state.on_round_report(event)
-        elif isinstance(event, LogEvent):
+        elif isinstance(event, UpdatesFolded):
+            self.state.on_updates_folded(event)
+        else:
             self.state.on_event(event)
+
+    async def _ticks(self) -> None:
+        """What time alone changes: work that is overdue, and what telemetry says of itself."""
+        tick = 0
+        while True:
+            now = self._clock.now()
+            self.state.on_time(now)
+            if tick % OWN_REPORT_TICKS == 0:
+                own = ServiceReport(
+                    service=SERVICE,
+                    version=project_version(),
+                    uptime_s=now - self._started,
+                    counters=dict(self.counted()),
+                )
+                self.state.on_service_report(own)
+            tick += 1
+            await self._clock.sleep(TICK_S)
 
     async def _listen(self, bus: Bus, subject: str, handle: Callable[[Delivery], None]) -> None:
         async def handled(delivery: Delivery) -> None:
@@ -126,23 +160,23 @@ class Observer:
 
     def _on_device(self, delivery: Delivery) -> None:
         report = decode(delivery.data, DeviceReport)
-        _own(delivery, report.device)
-        self.state.on_device_report(report)
+        check_sender(delivery.subject, subjects.report(report.device))
+        self.state.on_device_report(report, self._clock.now())
 
     def _on_service(self, delivery: Delivery) -> None:
         report = decode(delivery.data, ServiceReport)
-        _own(delivery, report.service)
+        check_sender(delivery.subject, subjects.service(report.service))
+        if report.service == SERVICE:
+            raise InvalidUpdate("a report of telemetry that it did not make")
         self.state.on_service_report(report)
 
     def _on_decision(self, delivery: Delivery) -> None:
-        self.state.on_decision(decode(delivery.data, DecisionMade))
+        self.state.on_decision(decode(delivery.data, DecisionMade), self._clock.now())
 
     def _on_settled(self, delivery: Delivery) -> None:
         settled = decode(delivery.data, UpdateSettled)
-        self.state.on_settled(subjects.last_token(delivery.subject), settled)
+        device = subjects.last_token(delivery.subject)
+        self.state.on_settled(device, settled, self._clock.now())
 
-
-def _own(delivery: Delivery, name: str) -> None:
-    """Refuse a report that speaks for somebody else: permissions are given by subject."""
-    if subjects.last_token(delivery.subject) != name:
-        raise InvalidUpdate(f"a report of {name} on {delivery.subject}")
+    def _on_refused(self, delivery: Delivery) -> None:
+        self.state.on_refused(decode(delivery.data, ConnectionRefused), self._clock.now())

@@ -170,7 +170,7 @@ def test_the_device_not_heard_of_for_longest_is_dropped(monkeypatch: pytest.Monk
     monkeypatch.setattr(state, "MAX_DEVICES", 3)
     known = State()
     for device in ("a", "b", "c", "a", "d"):
-        known.on_device_report(a_report(device))
+        known.on_device_report(a_report(device), 0.0)
     assert list(known.devices) == ["c", "a", "d"]
 
 
@@ -180,7 +180,7 @@ def test_every_counter_there_is_becomes_a_metric_that_prometheus_reads() -> None
     known.on_service_report(
         ServiceReport(service="aggregator", version="0", uptime_s=1.0, counters=counters)
     )
-    known.on_device_report(a_report("phone", updates_sent=7, of_a_later_version=1))
+    known.on_device_report(a_report("phone", updates_sent=7, of_a_later_version=1), 0.0)
     read = samples(known)
     for name, number in counters.items():
         assert read[f"seedwire_{name}_total", ("", "aggregator")] == number
@@ -212,7 +212,7 @@ def test_devices_without_series_of_their_own_are_summed_over_restarts(
         a_report("second", updates_sent=2),  # started anew
         a_report("second", updates_sent=4),
     ):
-        known.on_device_report(report)
+        known.on_device_report(report, 0.0)
     read = samples(known)
     assert read["seedwire_updates_sent_total", ("first", "")] == 100
     assert read["seedwire_updates_sent_total", ("_others", "")] == 5 + 1 + 2 + 2
@@ -305,7 +305,7 @@ async def test_what_cannot_be_decoded_is_counted_and_costs_nothing_else() -> Non
         await wait_until(lambda: "tablet" in observer.state.devices)
         await wait_until(lambda: observer.state.decisions == {"probe": 1})
         await wait_until(lambda: observer.state.settled == {"folded": 1})
-        assert observer.counted()["messages_malformed"] == before + 4
+        assert observer.counted()["messages_malformed"] == before + 5
         assert observer.state.devices["phone"].report is None
         async with client.get(url + "/devices") as response:
             names = [row["device"] for row in (await response.json())["devices"]]
