@@ -1,0 +1,107 @@
+"""What a job's log says of it, as far as an export tells it on. Pure."""
+
+from dataclasses import dataclass, field
+
+from services.console.failure import Failure
+from services.console.progress import Measured
+from shared.messages import (
+    AdapterEvaluated,
+    EpochOpened,
+    JobEnded,
+    JobOpened,
+    JobSpec,
+    LogEvent,
+    ModelPublished,
+    RoundClosed,
+)
+
+
+@dataclass
+class History:
+    """One job's facts of its last epoch."""
+
+    job: str
+    spec: JobSpec | None = None
+    epoch: EpochOpened | None = None
+    closed: list[RoundClosed] = field(default_factory=list[RoundClosed])
+    evaluated: dict[int, Measured] = field(default_factory=dict[int, Measured])
+    """By the round that was open: what it says is of the adapter after the round before."""
+    published: dict[int, ModelPublished] = field(default_factory=dict[int, ModelPublished])
+    ended: JobEnded | None = None
+
+    def evolve(self, event: LogEvent) -> None:
+        """Take in one fact."""
+        match event:
+            case JobOpened():
+                self.spec = event.spec
+            case EpochOpened():
+                self.epoch = event
+                self.closed, self.evaluated, self.published = [], {}, {}
+            case RoundClosed():
+                self.closed.append(event)
+            case AdapterEvaluated():
+                pooled = self.evaluated.setdefault(event.round, Measured(event.round))
+                pooled.examples += event.examples
+                pooled.correct += event.correct
+                pooled.weight += event.weight
+                pooled.summed += event.loss
+            case ModelPublished():
+                self.published[event.round] = event
+            case JobEnded():
+                self.ended = event
+            case _:
+                pass
+
+    def opened(self) -> tuple[JobSpec, EpochOpened]:
+        """The events that a job begins with.
+
+        Raises:
+            Failure: the log has none of this job.
+        """
+        if self.spec is None or self.epoch is None:
+            raise Failure(f"no job is called {self.job}; `seedwire job list` names them")
+        return self.spec, self.epoch
+
+    def round_to_export(self, wanted: int | None) -> int:
+        """`wanted`, or else the newest published round, or the newest at all.
+
+        Raises:
+            Failure: that round has not closed.
+        """
+        if not self.closed:
+            raise Failure(
+                f"no round of job {self.job} has closed yet, so there is no adapter: "
+                f"see `seedwire job watch {self.job}`"
+            )
+        last = self.closed[-1].round
+        if wanted is None:
+            return max(self.published, default=last)
+        if all(closed.round != wanted for closed in self.closed):
+            snapshots = ", ".join(map(str, sorted(self.published)[-5:])) or "none yet"
+            raise Failure(
+                f"--round {wanted}: job {self.job} has rounds {self.closed[0].round} to {last}; "
+                f"the newest that were published: {snapshots}"
+            )
+        return wanted
+
+    def until(self, round: int) -> list[RoundClosed]:
+        """The closes up to `round`."""
+        return [closed for closed in self.closed if closed.round <= round]
+
+    def evaluations_until(self, round: int) -> list[Measured]:
+        """What was measured of the adapters up to that of `round`, in order."""
+        last = self.evaluation_of(round)
+        return [
+            measured
+            for number, measured in sorted(self.evaluated.items())
+            if number <= round or measured is last
+        ]
+
+    def evaluation_of(self, round: int) -> Measured | None:
+        """The newest figures of the very theta that `round` ended with, if there are any."""
+        moved = {closed.round for closed in self.closed if closed.commit is not None}
+        for number in sorted(self.evaluated, reverse=True):
+            between = range(min(number - 1, round) + 1, max(number - 1, round) + 1)
+            if moved.isdisjoint(between):
+                return self.evaluated[number]
+        return None
