@@ -7,17 +7,16 @@ import typer
 
 from services.console import listing, options
 from services.console.client import ask, connected
+from services.console.completion import LOCAL
 from services.console.failure import Usage, outcome
 from services.console.labels import labels_of, parse_labels
-from services.console.printing import console
+from services.console.printing import Printer
 from services.console.spec import Table, read_file, wanted
-from services.console.submit import Submission, submit
+from services.console.submit import Submission, located, submit
 from services.console.watch import watch
 from shared import subjects
 from shared.messages import JobAccepted, StopJob
 from shared.nats_bus import NatsBus
-
-LOCAL = "nats://127.0.0.1:4222"
 
 commands = typer.Typer(no_args_is_help=True, help="Submit, list, stop and watch jobs.")
 Work = Callable[[NatsBus], Awaitable[object]]
@@ -61,13 +60,15 @@ def submit_job(
     no_upload: options.NoUpload = False,
     url: options.Url = None,
     engine: options.Engine = "llama",
+    as_json: options.Json = False,
 ) -> None:
     """Look into a model, build the job's adapter, upload the model and start the job."""
+    printer = Printer(as_json=as_json)
 
-    def given() -> dict[str, Table]:
+    def given(rows: Path | None) -> dict[str, Table]:
         return {
             "task": {
-                "labels": _labels(labels, labels_from),
+                "labels": _labels(labels, rows),
                 "template": _unescaped(template),
             },
             "adapter": {
@@ -94,48 +95,61 @@ def submit_job(
         }
 
     async def command() -> None:
-        asked = wanted(given(), read_file(spec) if spec else {})
-        submission = Submission(name, model, asked, not no_upload, url, engine)
+        rows = await located(labels_from, data_set=True) if labels_from else None
+        asked = wanted(given(rows), read_file(spec) if spec else {})
+        path = await located(model, data_set=False)
+        submission = Submission(name, path, asked, not no_upload, url, engine)
         submission.check()
         async with connected(servers) as bus:
-            await submit(bus, submission, console)
+            await submit(bus, submission, printer)
             if watch_it:
-                await watch(bus, name, as_json=False, console=console)
+                await watch(bus, name, printer)
 
-    raise typer.Exit(outcome(command()))
+    raise typer.Exit(outcome(command(), as_json=as_json))
 
 
 @commands.command("list")
-def list_jobs(servers: options.Servers = LOCAL) -> None:
+def list_jobs(servers: options.Servers = LOCAL, as_json: options.Json = False) -> None:
     """Show every job and how far it is."""
+    printer = Printer(as_json=as_json)
 
     async def work(bus: NatsBus) -> None:
-        console.print(await listing.jobs(bus))
+        jobs = await listing.jobs(bus)
+        printer.result({"jobs": jobs}, listing.jobs_table(jobs))
 
-    talk(servers, work)
+    talk(servers, work, as_json=as_json)
 
 
 @commands.command("stop")
-def stop_job(name: str, servers: options.Servers = LOCAL) -> None:
+def stop_job(
+    name: options.JobName, servers: options.Servers = LOCAL, as_json: options.Json = False
+) -> None:
     """End a job; its adapter stays as the last close left it."""
+    printer = Printer(as_json=as_json)
 
     async def work(bus: NatsBus) -> None:
         _check_name(name)
         await ask(bus, subjects.JOB_STOP, StopJob(job=name), JobAccepted)
-        console.print(f"job {name} ends")
+        printer.result({"job": name, "stopping": True}, f"job {name} ends")
 
-    talk(servers, work)
+    talk(servers, work, as_json=as_json)
 
 
 @commands.command("watch")
-def watch_job(name: str, servers: options.Servers = LOCAL, as_json: options.Json = False) -> None:
-    """Follow a job to its end, or show what came of one that is over."""
+def watch_job(
+    name: options.JobName, servers: options.Servers = LOCAL, as_json: options.Json = False
+) -> None:
+    """Follow a job to its end, or show what came of one that is over.
+
+    With --json: the facts of the job's log, one a line, as the message types name them.
+    """
+    printer = Printer(as_json=as_json)
 
     async def work(bus: NatsBus) -> None:
         _check_name(name)
-        await watch(bus, name, as_json=as_json, console=console)
+        await watch(bus, name, printer)
 
-    talk(servers, work)
+    talk(servers, work, as_json=as_json)
 
 
 def _check_name(name: str) -> None:

@@ -5,16 +5,29 @@ from typing import Annotated, Literal
 
 import typer
 
+from services.console import completion
+
 JOB, ADAPTER, METHOD, PACE = "Job", "Adapter", "Method", "Pace"
 
 Servers = Annotated[
     str,
     typer.Option(envvar="SEEDWIRE_SERVERS", help="The broker's addresses, separated by commas."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print the job's events as JSON lines.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print JSON for programs: an object, or one a line.")
+]
+JobName = Annotated[
+    str,
+    typer.Argument(metavar="JOB", help="The job's name.", autocompletion=completion.job_names),
+]
 Name = Annotated[str, typer.Option(help="What to call the job.", rich_help_panel=JOB)]
 Model = Annotated[
-    Path, typer.Option(help="The GGUF file that the devices hold.", rich_help_panel=JOB)
+    str,
+    typer.Option(
+        metavar="FILE|HUB",
+        help="The GGUF file that the devices hold, or hf://OWNER/REPO[@REVISION]/FILE.",
+        rich_help_panel=JOB,
+    ),
 ]
 Labels = Annotated[
     str | None,
@@ -28,11 +41,11 @@ Labels = Annotated[
     ),
 ]
 LabelsFrom = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
-        metavar="FILE",
-        help="Take the labels from this JSONL file's rows, each its own word unless --labels "
-        "names another.",
+        metavar="FILE|DIR|HUB",
+        help="Take the labels from the rows there, each its own word unless --labels names "
+        "another: JSONL, CSV, a directory of them, or hf://datasets/OWNER/REPO/FILE.",
         rich_help_panel=JOB,
     ),
 ]

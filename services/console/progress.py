@@ -1,6 +1,6 @@
 """How far a job is, as its log tells it. Pure: facts go in, numbers and sentences come out."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from shared.messages import (
     AdapterEvaluated,
@@ -56,6 +56,9 @@ class Progress:
     last: Measured | None = None
     published: ModelPublished | None = None
     ended: JobEnded | None = None
+    evaluations: list[Measured] = field(default_factory=list[Measured])
+    losses: list[float] = field(default_factory=list[float])
+    """Of the devices' batches, by round."""
     _measured: bool = False
 
     @property
@@ -81,6 +84,15 @@ class Progress:
                 self.ended = event
             case _:
                 pass
+
+    def curve(self) -> tuple[str, list[float]]:
+        """What tells best how well the job goes, by name, and its values so far."""
+        measured = self.evaluations
+        if not measured:  # of batches that differ from round to round: says less
+            return "devices' loss", self.losses
+        if self.has_answers and all(one.examples for one in measured):
+            return "held-out accuracy", [one.correct / one.examples for one in measured]
+        return "held-out loss", [one.loss for one in measured if one.loss is not None]
 
     def line(self) -> str:
         """The state of things in some fifty characters."""
@@ -123,12 +135,14 @@ class Progress:
         self.closed += event.commit is not None
         if event.loss is not None:
             self.loss = event.loss
+            self.losses.append(event.loss)
             if self.first_loss is None:
                 self.first_loss = event.loss
 
     def _measure(self, event: AdapterEvaluated) -> None:
         if self.last is None or event.round > self.last.round:
             self.last = Measured(event.round)
+            self.evaluations.append(self.last)
         if event.round != self.last.round:
             return
         self.last.examples += event.examples

@@ -1,124 +1,194 @@
-"""A job as it goes: a bar for people, a line a round where nobody looks, JSON for programs."""
+"""A job as it goes: a bar and a curve for people, a line a round in a pipe, JSON for programs."""
 
 import asyncio
 import contextlib
-import sys
 from collections.abc import Callable
 from contextlib import aclosing
 
-import msgspec
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
+from rich.text import Text
 
 from services.console import listing
 from services.console.client import ask
 from services.console.failure import Failure
+from services.console.printing import Printer
 from services.console.progress import Progress
+from services.console.sparkline import bars_for, sparkline
+from services.console.waiting import Waiting
 from shared import subjects
 from shared.bus import Bus, Link
-from shared.errors import TransientError
+from shared.codec import decode
+from shared.errors import MalformedMessage, TransientError
 from shared.jetstream_api import NoResponders
 from shared.log import follow
-from shared.messages import JobsListed, ListJobs, LogEvent, RoundClosed
+from shared.messages import DecisionMade, JobsListed, ListJobs, LogEvent, RoundClosed
 
 CHECK_S = 5.0
 QUIET_S = 8.0
-"""After so long without a word from any device, and then as often, it is asked why."""
+"""How often it is asked what keeps the devices: without a word from any, or when a round waits."""
+
+Tell = Callable[[str], None]
 
 
-async def watch(bus: Link, job: str, *, as_json: bool, console: Console) -> Progress:
+async def watch(bus: Link, job: str, printer: Printer) -> Progress:
     """Show the job's facts from its first to its end, and return what came of it.
 
     Raises:
         Failure: there is no such job, or the broker closed the connection.
     """
     await _must_exist(bus, job)
-    progress = Progress(job)
-    if as_json:
-        await _take(bus, progress, _print_json)
+    progress, waiting = Progress(job), Waiting(job)
+    if printer.as_json:
+        await _take(bus, progress, waiting, printer.line)
+    elif printer.people.is_terminal:
+        await _on_a_board(bus, progress, waiting, printer.people)
     else:
-        async with asyncio.TaskGroup() as tasks:
-            explaining = tasks.create_task(_explain(bus, progress, console))
-            if console.is_terminal:
-                await _with_bar(bus, progress, console)
-            else:
-                await _take(bus, progress, lambda event: _print_round(event, progress, console))
-            explaining.cancel()
+        await _attended(
+            bus, progress, waiting, lambda event: _print_round(event, progress, printer),
+            printer.remark,
+        )  # fmt: skip
     if progress.ended is None:
         raise Failure(f"the connection ended before job {job} did")
-    if not as_json:
-        console.print(summary(progress))
+    if not printer.as_json:
+        _conclude(progress, printer)
         if progress.published is not None:  # in one line, to be copied
             digest = progress.published.snapshot.digest
-            console.print(f"seedwire blob get {digest} {job}.snapshot", soft_wrap=True)
+            printer.remark(f"seedwire blob get {digest} {job}.snapshot")
     return progress
 
 
-def summary(progress: Progress) -> Table:
-    """What came of a job."""
+def _conclude(progress: Progress, printer: Printer) -> None:
+    """Say what came of a job: a table in a terminal, a line each in a pipe."""
+    rows = progress.summary()
+    name, curve = progress.curve()
+    if len(curve) > 1:
+        bars = bars_for(printer.people.encoding)
+        rows.append((f"{name}, by round", sparkline(curve, bars=bars)))
+    if not printer.people.is_terminal:
+        for name, value in rows:
+            printer.remark(f"{progress.job} {name}: {value}")
+        return
     table = Table(title=f"job {progress.job}", show_header=False, title_justify="left")
     table.add_column()
     table.add_column(overflow="fold")
-    for name, value in progress.summary():
+    for name, value in rows:
         table.add_row(name, value)
-    return table
+    printer.people.print(table)
 
 
-async def _take(bus: Link, progress: Progress, show: Callable[[LogEvent], None]) -> None:
+class Board:
+    """What a terminal shows: the bar, the curve below it, and what the round waits for."""
+
+    def __init__(self, progress: Progress, bars: str) -> None:
+        self._progress = progress
+        self._bars = bars
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[line]}"),
+        )
+        self._task = self._bar.add_task(progress.job, total=None, line="")
+        self.remark = ""
+
+    def evolve(self, event: LogEvent) -> None:
+        """The job has a new fact, which its progress knows by now."""
+        if isinstance(event, RoundClosed):
+            self.remark = ""
+        progress = self._progress
+        total, line = progress.rounds or None, progress.line()
+        self._bar.update(self._task, completed=progress.closed, total=total, line=line)
+
+    def tell(self, text: str) -> None:
+        """Show `text` until the next round closes."""
+        self.remark = text
+
+    def __rich__(self) -> RenderableType:
+        name, curve = self._progress.curve()
+        lines: list[RenderableType] = [self._bar.get_renderable()]
+        if len(curve) > 1:
+            lines.append(Text(f"{name} {sparkline(curve, bars=self._bars)} {curve[-1]:.4f}"))
+        if self.remark:
+            lines.append(Text(self.remark, style="yellow"))
+        return Group(*lines)
+
+
+async def _on_a_board(bus: Link, progress: Progress, waiting: Waiting, console: Console) -> None:
+    board = Board(progress, bars_for(console.encoding))
+    with Live(board, console=console, refresh_per_second=4):
+        await _attended(bus, progress, waiting, board.evolve, board.tell)
+
+
+async def _attended(
+    bus: Link, progress: Progress, waiting: Waiting, show: Callable[[LogEvent], None], tell: Tell
+) -> None:
+    """Follow the job; whenever it stands still, `tell` why."""
+    async with asyncio.TaskGroup() as tasks:
+        attendants = [
+            tasks.create_task(_explain(bus, progress, waiting, tell)),
+            tasks.create_task(_hear(bus, waiting)),
+        ]
+        await _take(bus, progress, waiting, show)
+        for attendant in attendants:
+            attendant.cancel()
+
+
+async def _take(
+    bus: Link, progress: Progress, waiting: Waiting, show: Callable[[LogEvent], None]
+) -> None:
     """Follow the log until the job has ended."""
+    now = asyncio.get_running_loop().time
     async with aclosing(follow(bus, bus, progress.job, check_s=CHECK_S)) as events:
         async for _, event in events:
             progress.evolve(event)
+            waiting.evolve(event, now())
             show(event)
             if progress.ended is not None:
                 return
 
 
-async def _with_bar(bus: Link, progress: Progress, console: Console) -> None:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[line]}"),
-    )
-    with Bar(*columns, console=console) as bar:
-        task = bar.add_task(progress.job, total=None, line="")
-        await _take(
-            bus,
-            progress,
-            lambda _: bar.update(
-                task,
-                completed=progress.closed,
-                total=progress.rounds or None,
-                line=progress.line(),
-            ),
-        )
-
-
-def _print_round(event: LogEvent, progress: Progress, console: Console) -> None:
+def _print_round(event: LogEvent, progress: Progress, printer: Printer) -> None:
     if isinstance(event, RoundClosed):
-        console.print(f"{progress.job} {progress.close_line()}", soft_wrap=True)
+        printer.remark(f"{progress.job} {progress.close_line()}")
 
 
-async def _explain(bus: Bus, progress: Progress, console: Console) -> None:
-    """Until the first device has sent something, say what keeps them, whenever that changes."""
-    said = ""
+async def _hear(bus: Bus, waiting: Waiting) -> None:
+    """Keep who is given work, until cancelled."""
+    now = asyncio.get_running_loop().time
+    async with bus.subscribe(subjects.decision(waiting.job)) as deliveries:
+        async for delivery in deliveries:
+            with contextlib.suppress(MalformedMessage):
+                waiting.decided(decode(delivery.data, DecisionMade), now())
+
+
+async def _explain(bus: Bus, progress: Progress, waiting: Waiting, tell: Tell) -> None:
+    """Say what keeps the devices, whenever that changes: all of them at first, then a round's."""
+    now = asyncio.get_running_loop().time
+    said: object = None
     while True:
         await asyncio.sleep(QUIET_S)
-        if not progress.untouched:
-            return
-        why = await _why_quiet(bus, progress.job)
-        if why != said and progress.untouched:
-            console.print(f"no device has sent anything yet: {why}", soft_wrap=True, markup=False)
-            said = why
+        if progress.untouched:
+            why = await _why_quiet(bus, progress.job)
+            if why != said and progress.untouched:
+                tell(f"no device has sent anything yet: {why}")
+                said = why
+        elif waiting.long(now()):
+            with contextlib.suppress(Failure):
+                asked = now()
+                whom = waiting.for_whom(await listing.devices(bus), asked)
+                if waiting.long(now()) and (waiting.since, whom.keys()) != said:
+                    tell(waiting.told(whom, now()))
+                    said = (waiting.since, whom.keys())
 
 
 async def _why_quiet(bus: Bus, job: str) -> str:
     try:
-        devices = await listing.known(bus)
+        devices = await listing.devices(bus)
     except Failure as failure:
         return str(failure)
     troubled = [device for device in devices if device.problem]
@@ -130,11 +200,6 @@ async def _why_quiet(bus: Bus, job: str) -> str:
     if troubled:
         parts[-1] += f", e.g. {troubled[0].device}: {troubled[0].problem}"
     return f"{', '.join(parts)}; see `seedwire devices`; `seedwire job stop {job}` ends the job"
-
-
-def _print_json(event: LogEvent) -> None:
-    sys.stdout.write(msgspec.json.encode(event).decode() + "\n")
-    sys.stdout.flush()
 
 
 async def _must_exist(bus: Link, job: str) -> None:

@@ -21,12 +21,13 @@ from services.console.addresses import EVERYWHERE, HOST, check_free, free_port
 from services.console.children import Program, Supervisor
 from services.console.client import Unanswered, ask, shown
 from services.console.failure import EXIT_UNREACHABLE, EXIT_USAGE, Failure
+from services.console.printing import Printer
 from services.console.progress import Progress
 from services.console.spec import wanted
 from services.console.state_lock import locked
 from services.console.submit import Submission, submit
 from services.console.transfer import download, upload
-from services.console.up import Plan
+from services.console.up import Plan, Ports
 from services.console.watch import watch
 from shared import subjects
 from shared.blobs import CHUNK_BYTES
@@ -34,6 +35,7 @@ from shared.broker import BrokerProcess
 from shared.bus import Bus
 from shared.codec import decode, decode_manifest, encode
 from shared.errors import ConfigError
+from shared.identity.access import Access
 from shared.jetstream_api import NoResponders
 from shared.log import LogWriter, ensure_streams
 from shared.memory_bus import MemoryBroker, MemoryBus
@@ -164,18 +166,19 @@ async def a_fleet(*answers: Message) -> AsyncGenerator[tuple[MemoryBus, LogWrite
         await asyncio.wait({serving})
 
 
-def paper(*, terminal: bool = False) -> tuple[Console, io.StringIO]:
-    """A console that writes to a string."""
+def paper(*, terminal: bool = False) -> tuple[Printer, io.StringIO]:
+    """A printer whose reader gets a string."""
     written = io.StringIO()
-    return Console(file=written, width=120, force_terminal=terminal), written
+    console = Console(file=written, width=120, force_terminal=terminal)
+    return Printer(as_json=False, out=console), written
 
 
 async def test_a_job_that_is_over_is_shown_to_its_end() -> None:
     async with a_fleet() as (bus, log, _):
         for event in a_life():
             await log.append("demo", event)
-        console, written = paper()
-        await watch(bus, "demo", as_json=False, console=console)
+        printer, written = paper()
+        await watch(bus, "demo", printer)
         for line in (
             "demo round 1: loss 1.5000, accuracy 25.0%, held-out loss 1.2000, 2 devices (enough)\n",
             "demo round 2: loss 0.5000, 2 devices (enough)\n",  # no figures that are not new
@@ -202,10 +205,10 @@ async def test_a_task_without_right_answers_has_no_accuracy() -> None:
     async with a_fleet(JobsListed(jobs=[there])) as (bus, log, _):
         for event in a_life(loss="tokens"):
             await log.append("demo", event)
-        console, written = paper()
-        await watch(bus, "demo", as_json=False, console=console)
+        printer, written = paper()
+        await watch(bus, "demo", printer)
         assert "accuracy" not in written.getvalue()
-        console.print(await listing.jobs(bus))
+        printer.people.print(listing.jobs_table(await listing.jobs(bus)))
         assert "75.0%" not in written.getvalue()
 
 
@@ -219,8 +222,8 @@ async def test_while_no_device_takes_part_it_says_why_once(monkeypatch: pytest.M
     async with a_fleet(*answers) as (bus, log, services):
         life = a_life()
         await log.append("demo", life[0])
-        console, written = paper()
-        watching = asyncio.create_task(watch(bus, "demo", as_json=False, console=console))
+        printer, written = paper()
+        watching = asyncio.create_task(watch(bus, "demo", printer))
         await wait_until(lambda: len(services.asked) > 6)
         for event in life[1:]:
             await log.append("demo", event)
@@ -240,8 +243,8 @@ async def test_a_running_job_is_followed_until_it_ends() -> None:
     async with a_fleet() as (bus, log, _):
         life = a_life()
         await log.append("demo", life[0])
-        console, written = paper(terminal=True)
-        watching = asyncio.create_task(watch(bus, "demo", as_json=False, console=console))
+        printer, written = paper(terminal=True)
+        watching = asyncio.create_task(watch(bus, "demo", printer))
         for event in life[1:]:
             await asyncio.sleep(0)
             assert not watching.done()
@@ -255,18 +258,18 @@ async def test_json_lines_hold_every_event(capsys: pytest.CaptureFixture[str]) -
     async with a_fleet() as (bus, log, _):
         for event in a_life():
             await log.append("demo", event)
-        console, written = paper()
-        await watch(bus, "demo", as_json=True, console=console)
-        types = [json.loads(line)["type"] for line in capsys.readouterr().out.splitlines()]
+        await watch(bus, "demo", Printer(as_json=True))
+        printed = capsys.readouterr()
+        types = [json.loads(line)["type"] for line in printed.out.splitlines()]
         assert types == [type(event).__name__ for event in a_life()]
-        assert written.getvalue() == ""
+        assert printed.err == ""
 
 
 async def test_watching_a_job_there_is_not_names_those_there_are() -> None:
     there = JobSummary("other", "running", 0, 1, 9, DIGEST)
     async with a_fleet(JobsListed(jobs=[there])) as (bus, _, _):
         with pytest.raises(Failure, match="no job is called demo; jobs: other"):
-            await watch(bus, "demo", as_json=False, console=paper()[0])
+            await watch(bus, "demo", paper()[0])
 
 
 async def test_jobs_and_devices_are_listed_as_the_services_know_them() -> None:
@@ -275,9 +278,9 @@ async def test_jobs_and_devices_are_listed_as_the_services_know_them() -> None:
     listed = DevicesListed(devices=[phone, DeviceSummary("tablet", 7300.0)])
     async with a_fleet(JobsListed(jobs=[job]), listed) as (bus, log, _):
         await log.append("demo", a_life()[0])
-        console, written = paper()
-        console.print(await listing.jobs(bus))
-        console.print(await listing.devices(bus))
+        printer, written = paper()
+        printer.people.print(listing.jobs_table(await listing.jobs(bus)))
+        printer.people.print(listing.devices_table(await listing.devices(bus)))
         for expected in ("ended (finished)", "75.0%", "phone", "12 s ago", "2 h ago, away"):
             assert expected in written.getvalue()
 
@@ -320,12 +323,12 @@ async def test_a_file_comes_back_by_its_digest_alone(tmp_path: Path) -> None:
     async with a_fleet() as (bus, _, _):
         for size in (0, 1, CHUNK_BYTES, 2 * CHUNK_BYTES + 5):
             source.write_bytes(b"s" * size)
-            ref = await upload(bus, source, paper()[0])
+            ref = await upload(bus, source, paper()[0].people)
             if size:  # of an empty file the store knows nothing
-                assert await download(bus, ref.digest, copy, paper()[0]) == ref
+                assert await download(bus, ref.digest, copy, paper()[0].people) == ref
                 assert copy.read_bytes() == source.read_bytes()
         with pytest.raises(Failure, match=f"no file {DIGEST}"):
-            await download(bus, DIGEST, copy, paper()[0])
+            await download(bus, DIGEST, copy, paper()[0].people)
 
 
 async def test_a_submitted_job_brings_its_model_and_a_manifest_of_it(tmp_path: Path) -> None:
@@ -334,8 +337,8 @@ async def test_a_submitted_job_brings_its_model_and_a_manifest_of_it(tmp_path: P
     labels = {"a": "apple", "b": "banana", "c": "cherry"}
     submission = Submission("demo", model, wanted({"task": {"labels": labels}}, {}), engine="fake")
     async with a_fleet(JobsListed(jobs=[]), JobAccepted(job="demo")) as (bus, _, services):
-        console, written = paper()
-        await submit(bus, submission, console)
+        printer, written = paper()
+        await submit(bus, submission, printer)
         _, request = services.asked
         assert isinstance(request, SubmitJob)
         made = decode_manifest(request.manifest)
@@ -411,12 +414,11 @@ def test_the_first_device_alone_is_trusted_with_the_held_out_rows(tmp_path: Path
     data.write_text("{}\n")
     plan = Plan(tmp_path, devices={"a": data, "b": data}, heldout=data, models=(tmp_path,))
     plan.check()
-    programs = {program.name: program.arguments for program in plan.programs("nats://x", 9)}
-    assert list(programs)[:3] == ["aggregator", "scheduler", "telemetry"]
-    assert ("--trusted" in programs["device-a"], "--trusted" in programs["device-b"]) == (
-        True,
-        False,
-    )
+    fleet = Access(["nats://x"])
+    services = plan.services(fleet, None, Ports(telemetry=9, serve=None))
+    assert [program.name for program in services] == ["aggregator", "scheduler", "telemetry"]
+    trusted = ["--trusted" in plan.device(name, fleet, "").arguments for name in plan.devices]
+    assert trusted == [True, False]
     for wrong in (
         Plan(tmp_path, heldout=data),
         Plan(tmp_path, devices={"a b": data}),
