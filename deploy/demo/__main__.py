@@ -8,6 +8,7 @@ middle and started again. At the end a witness says whether anything was lost or
 import argparse
 import asyncio
 import json
+import os
 import random
 import shutil
 import sys
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from deploy.demo import build_data, families
+from deploy.demo.identities import Identities
 from deploy.demo.link import BAD, CLEAR, Link
 from deploy.demo.outcome import Outcome, shown
 from deploy.demo.processes import ROOT, Child
@@ -63,11 +65,16 @@ class Demo:
     """By the round that opened with the adapter."""
     positions: dict[str, str] = field(default_factory=dict[str, str])
 
+    @property
+    def identities(self) -> Identities:
+        return Identities(self.folder / "keys")
+
     def service(self, name: str, url: str, *more: str) -> Child:
         log = self.folder / "logs" / f"{name}.log"
-        return Child(name, f"services.{name}", ["--servers", url, *more], log)
+        arguments = ["--servers", url, *self.identities.arguments(name), *more]
+        return Child(name, f"services.{name}", arguments, log)
 
-    def device(self, number: int, port: int) -> Child:
+    def device(self, number: int, port: int, ticket: str) -> Child:
         """Device `number`; the first one is trusted with the held-out rows as well."""
         name = f"device-{number}"
         arguments = ["--device", name, "--servers", f"nats://127.0.0.1:{port}"]
@@ -76,7 +83,8 @@ class Demo:
         if number == 1:
             heldout = self.folder / "data" / "heldout.jsonl"
             arguments += ["--heldout", str(heldout), "--trusted", "true"]
-        return Child(name, "edge_client", arguments, self.folder / "logs" / f"{name}.log")
+        log = self.folder / "logs" / f"{name}.log"
+        return Child(name, "edge_client", arguments, log, {"SEEDWIRE_EDGE_TICKET": ticket})
 
     def measure(self) -> None:
         for child in self.devices:
@@ -106,24 +114,30 @@ async def run(labels: str, how: str, build: Path) -> int:
     console.print("[bold]Building the private data[/] from this Python's documentation strings")
     build_data.main(["--out", str(folder / "data"), "--labels", labels])
     chance = random.Random(1)  # noqa: S311 - the weather of a demo
-    async with start_broker(folder / "nats") as broker:
+    security = demo.identities.make()
+    async with start_broker(folder / "nats", security=security) as broker:
         try:
             demo.services = [
+                demo.service("registrar", broker.url),
                 demo.service("aggregator", broker.url),
                 demo.service("scheduler", broker.url),
                 demo.service("telemetry", broker.url, "--port", "0"),
             ]
+            for child in demo.services:
+                await child.start()
+            ticket = await demo.identities.ticket(broker.url, DEVICES)
             for number in range(1, DEVICES + 1):
                 weather = BAD if number in BEHIND_BAD_LINKS else CLEAR
                 link = Link(broker.port, weather, random.Random(chance.random()))  # noqa: S311
                 await link.start()
                 demo.links.append(link)
-                demo.devices.append(demo.device(number, link.port))
-            for child in [*demo.services, *demo.devices]:
+                demo.devices.append(demo.device(number, link.port, ticket))
+            for child in demo.devices:
                 await child.start()
             console.print(
                 f"[bold]Running[/] nats-server, {len(demo.services)} services and {DEVICES} devices"
-                f" ({len(BEHIND_BAD_LINKS)} behind bad links); logs in {folder / 'logs'}"
+                f" ({len(BEHIND_BAD_LINKS)} behind bad links), each by its own key and under TLS; "
+                f"logs in {folder / 'logs'}"
             )
             outcome = await tune(demo, broker.url, how)
         finally:
@@ -143,11 +157,12 @@ async def run(labels: str, how: str, build: Path) -> int:
 
 async def tune(demo: Demo, url: str, how: str) -> Outcome:
     """Submit the job, watch it to its end, and let the witness speak."""
-    bus = await nats_bus.connect([url], name="demo")
+    access = demo.identities.access(url)
+    bus = await nats_bus.connect([url], name="demo", credentials=access.credentials())
     try:
         async with asyncio.TaskGroup() as tasks:
             reports = tasks.create_task(hear_reports(demo, bus))
-            await submit(url, how)
+            await submit(demo, url, how)
             began = time.monotonic()
             try:
                 async with asyncio.timeout(TUNING_LIMIT_S[how]):
@@ -164,7 +179,7 @@ async def tune(demo: Demo, url: str, how: str) -> Outcome:
     finally:
         await bus.close()
     ledgers = sorted((demo.folder / "state").glob("*/**/ledger.jsonl"))
-    verdict = await examine(url, JOB, ledgers)
+    verdict = await examine(url, JOB, ledgers, **demo.identities.login())
     device_rounds = max(1, demo.rounds) * DEVICES
     return Outcome(
         accuracy_before=demo.accuracies[min(demo.accuracies)],
@@ -183,8 +198,10 @@ async def tune(demo: Demo, url: str, how: str) -> Outcome:
     )
 
 
-async def submit(url: str, how: str) -> None:
+async def submit(demo: Demo, url: str, how: str) -> None:
     """Submit the job with the operator's own command."""
+    access = demo.folder / "access.toml"
+    demo.identities.access(url).save(access)
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         *("-m", "services.console", "job", "submit", "--servers", url),
@@ -192,6 +209,7 @@ async def submit(url: str, how: str) -> None:
         *("--template", families.PROMPT_TEMPLATE, "--labels", ",".join(families.FAMILIES)),
         *("--rounds", str(ROUNDS[how])),
         cwd=ROOT,
+        env={**os.environ, "SEEDWIRE_FLEET": str(access)},
     )
     if await process.wait():
         raise SystemExit("the job was not accepted; see above")

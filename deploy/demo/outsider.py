@@ -1,14 +1,24 @@
-"""Prints rounds as they close, with only nats-py and msgpack. Usage: outsider.py [URL]"""
+"""Prints rounds as they close, with only nats-py and msgpack. Usage: outsider.py [URL [CREDS CA]]
+
+A fleet of `seedwire up` has CREDS and CA in seedwire-state/identity: creds/outsider.creds and
+tls/cert.pem.
+"""
 
 import asyncio
+import ssl
 import sys
+from typing import Any
 
 import msgpack
 import nats
 
 
-async def main(url: str) -> None:
-    events = await (await nats.connect(url)).subscribe("seedwire.v1.events.*")
+async def main(url: str, creds: str = "", ca: str = "") -> None:
+    login: dict[str, Any] = {}
+    if creds:
+        tls = ssl.create_default_context(cafile=ca)
+        login = {"user_credentials": creds, "tls": tls, "tls_hostname": "seedwire"}
+    events = await (await nats.connect(url, **login)).subscribe("seedwire.v1.events.*")
     print("watching", flush=True)
     async for message in events.messages:
         event = msgpack.unpackb(message.data)
@@ -18,4 +28,4 @@ async def main(url: str) -> None:
             break
 
 
-asyncio.run(main(sys.argv[1] if len(sys.argv) > 1 else "nats://127.0.0.1:4222"))
+asyncio.run(main(*(sys.argv[1:] or ["nats://127.0.0.1:4222"])))

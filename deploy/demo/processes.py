@@ -5,7 +5,7 @@ import contextlib
 import os
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,6 +19,7 @@ class Child:
     module: str
     arguments: list[str]
     log: Path
+    environment: dict[str, str] = field(default_factory=dict[str, str])
     process: asyncio.subprocess.Process | None = None
     peak_rss_mb: float = 0.0
     children_peak_rss_mb: float = 0.0
@@ -34,6 +35,7 @@ class Child:
                 stdout=out,
                 stderr=out,
                 cwd=ROOT,
+                env={**os.environ, **self.environment},
                 start_new_session=True,
             )
 

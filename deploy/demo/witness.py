@@ -35,9 +35,12 @@ class Verdict:
         return not (self.lost or self.twice or self.wrong_rounds)
 
 
-async def examine(url: str, job: str, ledgers: list[Path]) -> Verdict:
-    """Read everything once and say what became of each update of `job`."""
-    client = await nats.connect(url)
+async def examine(url: str, job: str, ledgers: list[Path], **login: Any) -> Verdict:
+    """Read everything once and say what became of each update of `job`.
+
+    `login` is what nats-py is told besides the address.
+    """
+    client = await nats.connect(url, **login)
     try:
         log = await _stream(client, "LOG", f"seedwire.v1.log.{job}")
         detail = await _stream(client, "DETAIL", f"seedwire.v1.detail.{job}")
@@ -119,7 +122,7 @@ def _ledgers(paths: list[Path], job: str) -> tuple[dict[str, int | None], dict[s
             if fact["what"] == "spooled":
                 sums[fact["key"]] = fact["sum"]
             else:
-                outcomes.setdefault(fact["key"], fact["outcome"])
+                outcomes.setdefault(fact["key"], fact.get("outcome", fact["what"]))
     return sums, outcomes
 
 
