@@ -1,0 +1,259 @@
+"""Which tokens go into the next pass: continuous batching over lanes that share one cache. Pure.
+
+A lane is one sequence number of the cache. It keeps what it holds when its sequence ends, so that
+a prompt that begins alike goes on from there. Every running sequence gets its one token first,
+prompts share what room the batch has left. When the cache is full, idle lanes are emptied, then the
+youngest sequence gives up its lane and comes again: it loses time, never its place in its text.
+"""
+
+from collections import deque
+from collections.abc import Sequence as Tokens
+from dataclasses import dataclass, field
+
+
+class Sequence:
+    """One text that is being read or written.
+
+    `tokens` grows by what is chosen; the first `fed` of them are in the cache. Logits are wanted of
+    every position from `read_from` on.
+    """
+
+    __slots__ = ("fed", "lane", "read_from", "reused", "tokens")
+
+    def __init__(self, prompt: Tokens[int], *, read_from: int | None = None) -> None:
+        """Raises ValueError for an empty prompt: there would be nothing to go on from."""
+        if not prompt:
+            raise ValueError("a sequence needs at least one token")
+        self.tokens = list(prompt)
+        self.read_from = len(self.tokens) - 1 if read_from is None else read_from
+        self.fed = 0
+        self.reused = 0
+        """Tokens of the prompt that were in the cache already."""
+        self.lane: Lane | None = None
+
+    @property
+    def pending(self) -> int:
+        return len(self.tokens) - self.fed
+
+
+@dataclass(eq=False, slots=True)
+class Lane:
+    """One sequence number of the cache, and the tokens that the cache holds for it."""
+
+    number: int
+    held: list[int] = field(default_factory=list[int])
+    sequence: Sequence | None = None
+    used: int = 0
+    """The pass that it was last used in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A sequence's part of a pass: `count` tokens, `reads` rows of logits, its last positions."""
+
+    sequence: Sequence
+    count: int
+    reads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """The cache drops what it holds for `lane` from position `start` on."""
+
+    lane: int
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """The first `count` positions of lane `source` are also those of `lane`, which is empty."""
+
+    source: int
+    lane: int
+    count: int
+
+
+@dataclass(slots=True)
+class Plan:
+    """One pass: what to do to the cache, in order, and then what to decode."""
+
+    edits: list[Forget | Copy] = field(default_factory=list["Forget | Copy"])
+    shares: list[Share] = field(default_factory=list[Share])
+
+    @property
+    def size(self) -> int:
+        return sum(share.count for share in self.shares)
+
+
+class Schedule:
+    """Sequences that wait and run, and what the cache holds."""
+
+    def __init__(self, *, lanes: int, cells: int, batch_tokens: int, most_reads: int) -> None:
+        """`cells`: tokens in the cache. A pass has at most `batch_tokens` tokens and reads at most
+        `most_reads` rows, but one row of each running sequence always."""
+        self.lanes = [Lane(number) for number in range(lanes)]
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        """In the order they came."""
+        self.preempted = 0
+        self._cells = cells
+        self._batch_tokens = batch_tokens
+        self._most_reads = max(most_reads, lanes)
+        self._pass = 0
+
+    def add(self, sequence: Sequence) -> None:
+        """Raises ValueError for a sequence that the whole cache could not hold."""
+        if len(sequence.tokens) > self._cells:
+            raise ValueError(f"{len(sequence.tokens)} tokens in a cache of {self._cells}")
+        self.waiting.append(sequence)
+
+    def end(self, sequence: Sequence) -> None:
+        """The sequence neither waits nor runs; what the cache holds of it stays for others."""
+        if sequence.lane is None:
+            if sequence in self.waiting:
+                self.waiting.remove(sequence)
+            return
+        sequence.lane.sequence = None
+        sequence.lane = None
+        self.running.remove(sequence)
+
+    def reset(self) -> None:
+        """The cache is empty; what ran comes again, before what waits."""
+        for sequence in reversed(list(self.running)):
+            self._put_back(sequence)
+        for lane in self.lanes:
+            lane.held = []
+
+    def next(self) -> Plan:
+        """The next pass, without shares if there is nothing to do."""
+        self._pass += 1
+        plan = Plan()
+        self._admit(plan)
+        while self.running:
+            self._make_room(plan)
+            self._share(plan)
+            if plan.shares:
+                break
+            self._preempt(plan)  # prompts alone, and none can go on
+        return plan
+
+    def done(self, plan: Plan) -> None:
+        """The pass has been made: the cache holds what it fed."""
+        for share in plan.shares:
+            sequence, lane = share.sequence, share.sequence.lane
+            end = sequence.fed + share.count
+            if lane is not None:
+                lane.held += sequence.tokens[sequence.fed : end]
+                lane.used = self._pass
+            sequence.fed = end
+            if share.reads:
+                sequence.read_from = end
+
+    def _admit(self, plan: Plan) -> None:
+        """Sequences that wait get lanes, in their order, as long as there are lanes and room."""
+        while self.waiting:
+            idle = [lane for lane in self.lanes if lane.sequence is None]
+            if not idle:
+                return
+            sequence = self.waiting[0]
+            busy = sum(len(lane.held) for lane in self.lanes if lane.sequence is not None)
+            growth = sum(one.pending for one in self.running)
+            if self.running and busy + growth + len(sequence.tokens) > self._cells:
+                return
+            self.waiting.popleft()
+            self._settle(sequence, idle, plan)
+
+    def _settle(self, sequence: Sequence, idle: list[Lane], plan: Plan) -> None:
+        """Give the sequence a lane, with what any lane holds of its beginning."""
+        prefix = {
+            lane.number: min(common(lane.held, sequence.tokens), sequence.read_from)
+            for lane in self.lanes
+        }
+        best = max(self.lanes, key=lambda lane: (prefix[lane.number], lane.sequence is None))
+        count = prefix[best.number]
+        mine = best
+        if best.sequence is not None or 2 * count < len(best.held) or not count:
+            mine = min(idle, key=lambda lane: (bool(lane.held), lane.used))
+        if mine is best:
+            if count < len(mine.held):
+                plan.edits.append(Forget(mine.number, count))
+                del mine.held[count:]
+        else:
+            self._empty(mine, plan)
+            fits = sum(len(lane.held) for lane in self.lanes) + count <= self._cells
+            if count and fits:
+                plan.edits.append(Copy(best.number, mine.number, count))
+                mine.held = best.held[:count]
+        mine.sequence, mine.used = sequence, self._pass
+        sequence.lane, sequence.fed = mine, len(mine.held)
+        sequence.reused = max(sequence.reused, sequence.fed)
+        self.running.append(sequence)
+
+    def _make_room(self, plan: Plan) -> None:
+        """Every sequence that needs but one token has room for it."""
+        while self._reach(sum(one.pending == 1 for one in self.running), plan) < 0:
+            self._preempt(plan)
+
+    def _share(self, plan: Plan) -> None:
+        single = [one for one in self.running if one.pending == 1]
+        prompts = [one for one in self.running if one.pending > 1]
+        plan.shares += [Share(one, 1, 1) for one in single[: self._batch_tokens]]
+        left = self._batch_tokens - len(plan.shares)
+        reads = self._most_reads - len(plan.shares)
+        for sequence in prompts:
+            count = min(sequence.pending, left)
+            shortage = self._reach(plan.size + count, plan)
+            count += min(shortage, 0)
+            read = max(sequence.fed + count - sequence.read_from, 0)
+            if read > reads:
+                count -= read - reads
+                read = reads
+            if count <= 0:
+                continue
+            plan.shares.append(Share(sequence, count, read))
+            left -= count
+            reads -= read
+
+    def _reach(self, wanted: int, plan: Plan) -> int:
+        """Free cells beyond `wanted`, after emptying idle lanes as needed; negative: too few."""
+        while True:
+            free = self._cells - sum(len(lane.held) for lane in self.lanes) - wanted
+            idle = [lane for lane in self.lanes if lane.sequence is None and lane.held]
+            if free >= 0 or not idle:
+                return free
+            self._empty(min(idle, key=lambda lane: lane.used), plan)
+
+    def _empty(self, lane: Lane, plan: Plan) -> None:
+        if lane.held:
+            plan.edits.append(Forget(lane.number, 0))
+            lane.held = []
+
+    def _preempt(self, plan: Plan) -> None:
+        """The youngest sequence gives up its lane and waits, before all others."""
+        youngest = self.running[-1]
+        lane = youngest.lane
+        self._put_back(youngest)
+        if lane is not None:
+            self._empty(lane, plan)
+        self.preempted += 1
+
+    def _put_back(self, sequence: Sequence) -> None:
+        if sequence.lane is not None:
+            sequence.lane.sequence = None
+        sequence.lane, sequence.fed = None, 0
+        self.running.remove(sequence)
+        self.waiting.appendleft(sequence)
+
+
+def common(held: list[int], tokens: list[int]) -> int:
+    """How many tokens two lists begin with alike."""
+    low, high = 0, min(len(held), len(tokens))
+    if held[:high] == tokens[:high]:
+        return high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if held[low:middle] == tokens[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low

@@ -1,0 +1,370 @@
+"""The two OpenAI endpoints and the classifier: requests become runs, pieces become answers."""
+
+import asyncio
+import math
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable, Iterable
+from dataclasses import dataclass, field
+from typing import ParamSpec, TypeVar
+from uuid import uuid4
+
+import msgspec
+import numpy as np
+from aiohttp import web
+
+from services.proxy_inference import answers
+from services.proxy_inference.answers import ChatForm, CompletionForm, Form, Head, Json
+from services.proxy_inference.batching import Sequence
+from services.proxy_inference.pool import Held
+from services.proxy_inference.requests import (
+    ChatRequest,
+    ClassifyRequest,
+    CompletionRequest,
+    Refusal,
+    decoded,
+    unserved,
+)
+from services.proxy_inference.running import Answer, Choice, Finish, Mark, Piece
+from services.proxy_inference.sampling import Sampler
+from services.proxy_inference.service import Proxy
+from services.proxy_inference.vocabulary import Detokenizer
+from shared.dataset import Row, check_task, split_template
+from shared.engine.examples import choice_tokens, example
+from shared.engine.pieces import tokens_of
+from shared.errors import EngineError
+from shared.messages import Task
+
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
+
+_LONG_BYTES = 32 * 1024
+_COMPLETION_TOKENS = 16
+"""OpenAI's default for completions; a chat answer is as long as the context lets it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What differs between the two APIs."""
+
+    prefix: str
+    form: Form
+    prompts: list[list[int]]
+    length: int | None
+    stops: list[str]
+    ends: frozenset[int]
+    marks: int | None
+    echo: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One request, understood: the answers to write and how they are told."""
+
+    held: Held
+    runs: list[Answer]
+    form: Form
+    head: Head
+    prompt_tokens: int
+    stream: bool
+    usage: bool
+
+
+@dataclass(slots=True)
+class _Choice:
+    """One answer, as it is gathered."""
+
+    text: str = ""
+    marks: list[Mark] = field(default_factory=list[Mark])
+    finish: Finish | None = None
+
+
+class Completing:
+    """Handlers of /v1/completions, /v1/chat/completions and /v1/classify."""
+
+    def __init__(self, proxy: Proxy) -> None:
+        self._proxy = proxy
+
+    async def completions(self, request: web.Request) -> web.StreamResponse:
+        body = await request.read()
+        asked = decoded(body, CompletionRequest)
+        unserved(asked)
+        async with self._proxy.lent(asked.model) as held:
+            vocabulary = held.generation.weights.vocabulary
+            prompts = [
+                await _off_loop(len(body), _tokens, prompt, vocabulary)
+                for prompt in asked.prompts()
+            ]
+            form = CompletionForm(vocabulary, marked=asked.logprobs is not None)
+            wanted = Wanted(
+                "cmpl",
+                form,
+                prompts,
+                _COMPLETION_TOKENS if asked.max_tokens is None else asked.max_tokens,
+                asked.stops,
+                vocabulary.ends,
+                asked.logprobs,
+                bool(asked.echo),
+            )
+            return await self._answer(request, _understood(held, asked, wanted))
+
+    async def chat(self, request: web.Request) -> web.StreamResponse:
+        body = await request.read()
+        asked = decoded(body, ChatRequest)
+        unserved(asked)
+        messages = [message.plain() for message in asked.messages]
+        async with self._proxy.lent(asked.model) as held:
+            vocabulary = held.generation.weights.vocabulary
+            try:
+                template = vocabulary.chat
+                prompt = await _off_loop(len(body), _conversation, messages, vocabulary)
+            except EngineError as error:
+                raise Refusal(400, str(error), param="messages") from error
+            marks = (asked.top_logprobs or 0) if asked.logprobs else None
+            length = asked.max_completion_tokens
+            wanted = Wanted(
+                "chatcmpl",
+                ChatForm(vocabulary, marked=marks is not None),
+                [prompt],
+                asked.max_tokens if length is None else length,
+                [*asked.stops, *template.end_of_turn],
+                _ends(template.end_of_turn, vocabulary),
+                marks,
+            )
+            return await self._answer(request, _understood(held, asked, wanted))
+
+    async def classify(self, request: web.Request) -> web.Response:
+        body = await request.read()
+        asked = decoded(body, ClassifyRequest)
+        if not asked.text.strip():
+            raise Refusal(400, "text is empty", param="text")
+        async with self._proxy.lent(asked.model) as held:
+            if held.spec is None or not held.spec.task.labels:
+                raise Refusal(
+                    400,
+                    f"{held.name} has no labels; name a job that was submitted with labels, or "
+                    "use /v1/completions",
+                    param="model",
+                )
+            task = msgspec.structs.replace(held.spec.task, loss="choices")
+            try:
+                check_task(task)
+                prompt, choices = await _off_loop(
+                    len(body), _question, asked.text, task, held.generation.weights.vocabulary
+                )
+            except EngineError as error:
+                raise Refusal(400, str(error), param="model") from error
+            _check_length(held, prompt, "text")
+            self._proxy.admit(1)
+            self._proxy.metrics.tokens.labels("prompt").inc(len(prompt))
+            run = Choice(Sequence(prompt), choices)
+            async with self._proxy.running(held, [run]) as pieces:
+                _, piece = await anext(pieces)
+            _check(piece)
+            return _json(_classified(held, list(task.labels), piece.scores))
+
+    async def _answer(self, request: web.Request, asked: Asked) -> web.StreamResponse:
+        self._proxy.admit(len(asked.runs))
+        began = time.monotonic()
+        try:
+            async with self._proxy.running(asked.held, asked.runs) as pieces:
+                timed = self._timed(pieces, began)
+                if asked.stream:
+                    return await _streamed(request, asked, timed)
+                return await _gathered(asked, timed)
+        finally:
+            self._count(asked, time.monotonic() - began)
+
+    async def _timed(
+        self, pieces: AsyncGenerator[tuple[int, Piece], None], began: float
+    ) -> AsyncGenerator[tuple[int, Piece], None]:
+        first = True
+        async for index, piece in pieces:
+            if first:
+                self._proxy.metrics.first_token_s.observe(time.monotonic() - began)
+                first = False
+            yield index, piece
+
+    def _count(self, asked: Asked, seconds: float) -> None:
+        metrics = self._proxy.metrics
+        metrics.request_s.observe(seconds)
+        metrics.tokens.labels("prompt").inc(asked.prompt_tokens)
+        metrics.tokens.labels("cached").inc(sum(run.sequence.reused for run in asked.runs))
+        metrics.tokens.labels("written").inc(sum(run.written for run in asked.runs))
+
+
+def _understood(held: Held, request: CompletionRequest | ChatRequest, wanted: Wanted) -> Asked:
+    vocabulary = held.generation.weights.vocabulary
+    sampling = request.sampling(vocabulary.size)
+    seed = secrets.randbits(63) if request.seed is None else request.seed
+    runs: list[Answer] = []
+    for prompt in wanted.prompts:
+        _check_length(held, prompt, "messages" if isinstance(request, ChatRequest) else "prompt")
+        left = held.generation.limit - len(prompt)
+        reads = 0 if wanted.echo and wanted.marks is not None else None
+        for _ in range(request.n or 1):
+            answer = Answer(
+                Sequence(prompt, read_from=reads),
+                vocabulary,
+                Sampler(sampling, seed, len(runs)),
+                max_tokens=left if wanted.length is None else min(wanted.length, left),
+                stops=wanted.stops,
+                ends=wanted.ends,
+                marks=wanted.marks,
+                echo=wanted.echo,
+            )
+            runs.append(answer)
+    return Asked(
+        held,
+        runs,
+        wanted.form,
+        Head(f"{wanted.prefix}-{uuid4().hex}", int(time.time()), held.name, held.fingerprint),
+        sum(len(prompt) for prompt in wanted.prompts),
+        bool(request.stream),
+        bool(request.stream_options and request.stream_options.include_usage),
+    )
+
+
+async def _off_loop(
+    size: int, call: Callable[Given, Result], *given: Given.args, **named: Given.kwargs
+) -> Result:
+    """What `call` returns; in a thread where a text is so long that it would hold up the others."""
+    if size < _LONG_BYTES:
+        return call(*given, **named)
+    return await asyncio.to_thread(call, *given, **named)
+
+
+def _conversation(messages: list[dict[str, str]], vocabulary: Detokenizer) -> list[int]:
+    """The messages in the model's template; what spells a control token in them is text."""
+    return tokens_of(vocabulary.chat.pieces(messages), vocabulary, start=True)
+
+
+def _question(text: str, task: Task, vocabulary: Detokenizer) -> tuple[list[int], list[int]]:
+    """The prompt that devices measure their rows by, and the token that stands for each label."""
+    head, tail = split_template(task.template)
+    row = Row(head, text, tail, next(iter(task.labels.values())), 0)
+    prompt: list[int] = example(row, task, vocabulary).tokens.tolist()
+    return prompt, choice_tokens(task, vocabulary)
+
+
+def _tokens(prompt: str | list[int], vocabulary: Detokenizer) -> list[int]:
+    """A completion's prompt; control tokens may be spelled in it, it is the caller's template."""
+    if isinstance(prompt, str):
+        found = vocabulary.tokenize(prompt, start=True)
+        if not found and vocabulary.end >= 0:
+            return [vocabulary.end]
+    else:
+        found = prompt
+        wrong = [token for token in prompt if not 0 <= token < vocabulary.size]
+        if wrong:
+            raise Refusal(
+                400,
+                f"prompt: {wrong[0]} is no token of this model; it has 0 to {vocabulary.size - 1}",
+                param="prompt",
+            )
+    if not found:
+        raise Refusal(400, "prompt is empty", param="prompt")
+    return found
+
+
+def _ends(stops: Iterable[str], vocabulary: Detokenizer) -> frozenset[int]:
+    """What ends a chat answer: the vocabulary's ends, and stop strings that are control tokens."""
+    ends = set(vocabulary.ends)
+    for stop in stops:
+        if vocabulary.controls.fullmatch(stop):
+            found = vocabulary.tokenize(stop, start=False)
+            ends.update(found if len(found) == 1 else [])
+    return frozenset(ends)
+
+
+def _check_length(held: Held, prompt: list[int], param: str) -> None:
+    limit = held.generation.limit
+    if len(prompt) >= limit:
+        raise Refusal(
+            400,
+            f"the prompt has {len(prompt)} tokens; prompt and answer together have room for "
+            f"{limit}: shorten it",
+            param=param,
+            code="context_length_exceeded",
+        )
+
+
+def _check(piece: Piece) -> None:
+    if piece.finish == "error":
+        raise Refusal(500, piece.error, code="engine_failed")
+
+
+async def _gathered(
+    asked: Asked, pieces: AsyncGenerator[tuple[int, Piece], None]
+) -> web.StreamResponse:
+    choices = [_Choice() for _ in asked.runs]
+    async for index, piece in pieces:
+        _check(piece)
+        choice = choices[index]
+        choice.text += piece.text
+        choice.marks += piece.marks
+        choice.finish = piece.finish or choice.finish
+    told = [
+        asked.form.whole(index, choice.text, choice.marks, choice.finish)
+        for index, choice in enumerate(choices)
+    ]
+    return _json(asked.head.of(asked.form.kind, told) | {"usage": _usage(asked)})
+
+
+async def _streamed(
+    request: web.Request, asked: Asked, pieces: AsyncGenerator[tuple[int, Piece], None]
+) -> web.StreamResponse:
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    response = web.StreamResponse(headers=headers)
+    response.content_type = "text/event-stream"
+    response.charset = "utf-8"
+    await response.prepare(request)
+    kind, extra = asked.form.part_kind, {"usage": None} if asked.usage else {}
+    openings = [asked.form.opening(index) for index in range(len(asked.runs))]
+    for opening in filter(None, openings):
+        await response.write(_event(asked.head.of(kind, [opening]) | extra))
+    async for index, piece in pieces:
+        if piece.finish == "error":
+            await response.write(
+                _event(answers.error(piece.error, "server_error", None, "engine_failed"))
+            )
+            return response
+        told: list[Json] = []
+        if piece.text or piece.marks:
+            told.append(asked.form.part(index, piece.text, piece.marks, None))
+        if piece.finish:
+            told.append(asked.form.part(index, "", [], piece.finish))
+        data = b"".join(_event(asked.head.of(kind, [one]) | extra) for one in told)
+        await response.write(data)
+    if asked.usage:
+        await response.write(_event(asked.head.of(kind, []) | {"usage": _usage(asked)}))
+    await response.write(b"data: [DONE]\n\n")
+    return response
+
+
+def _usage(asked: Asked) -> Json:
+    written = sum(run.written for run in asked.runs)
+    reused = sum(run.sequence.reused for run in asked.runs)
+    return answers.usage(asked.prompt_tokens, written, reused)
+
+
+def _classified(held: Held, labels: list[str], scores: list[float]) -> Json:
+    values = np.array(scores)
+    weights = np.exp(values - values.max())
+    shares = weights / weights.sum()
+    if not math.isfinite(float(shares.sum())):
+        raise Refusal(500, "the model's answer is not finite", code="engine_failed")
+    return {
+        "label": labels[int(shares.argmax())],
+        "probabilities": dict(zip(labels, shares.tolist(), strict=True)),
+        "model": held.name,
+        "system_fingerprint": held.fingerprint,
+    }
+
+
+def _event(value: Json) -> bytes:
+    return b"data: " + msgspec.json.encode(value) + b"\n\n"
+
+
+def _json(value: Json) -> web.Response:
+    return web.Response(body=msgspec.json.encode(value), content_type="application/json")

@@ -1,0 +1,60 @@
+"""The proxy's settings."""
+
+from typing import Annotated
+
+from msgspec import Meta
+
+from shared.service import ServiceSettings
+
+
+class Settings(ServiceSettings, frozen=True):
+    """Proxy inference: the fleet's tuned model behind an OpenAI-compatible HTTP server."""
+
+    host: Annotated[
+        str, Meta(description="The address that its HTTP port listens on; 0.0.0.0 for all.")
+    ] = "127.0.0.1"
+    port: Annotated[
+        int,
+        Meta(ge=0, le=65535, description="Its HTTP port; 0 takes a free one, the log says which."),
+    ] = 8080
+    state_dir: Annotated[
+        str, Meta(description="Where fetched models and the last versions lie.")
+    ] = "~/.local/state/seedwire/proxy"
+    model: Annotated[
+        str,
+        Meta(description="The base model's GGUF file; without it, it is fetched from the fleet."),
+    ] = ""
+    job: Annotated[
+        str, Meta(description="Serve this job; without it, the job that published last.")
+    ] = ""
+    api_key: Annotated[
+        str, Meta(description="The bearer token that requests must bring; empty: none.")
+    ] = ""
+    threads: Annotated[
+        int, Meta(ge=0, le=512, description="Threads that compute; 0: one for each core.")
+    ] = 0
+    context_tokens: Annotated[
+        int,
+        Meta(
+            ge=256,
+            le=2**22,
+            description="Tokens that the cache holds, of all requests together; no prompt and "
+            "answer are longer.",
+        ),
+    ] = 8192
+    sequences: Annotated[
+        int, Meta(ge=1, le=64, description="Answers that are computed at the same time.")
+    ] = 8
+    queue: Annotated[
+        int, Meta(ge=0, le=100_000, description="Answers that may wait; beyond that, HTTP 429.")
+    ] = 64
+    keep_versions: Annotated[
+        int, Meta(ge=1, le=1000, description="Versions of a job kept on disk, to roll back to.")
+    ] = 5
+    body_bytes: Annotated[
+        int, Meta(ge=1024, le=2**30, description="The largest request body taken.")
+    ] = 4 * 2**20
+    drain_s: Annotated[
+        float,
+        Meta(ge=0.0, le=15.0, description="How long running answers may take when it is stopped."),
+    ] = 12.0

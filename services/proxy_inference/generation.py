@@ -1,0 +1,275 @@
+"""A generation: one model, one context, one version's adapter. It serves until its last answer.
+
+Output rows are added here, to the logits, from the state after the output norm: exactly what the
+devices tune, also where llama.cpp has no LoRA for the output matrix because it is the embeddings'.
+llama.cpp ends the process on a batch longer than the context was made for: that is checked first.
+"""
+
+import ctypes
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from services.proxy_inference.batching import Forget, Plan, Schedule, Sequence
+from services.proxy_inference.shelf import ModelFile
+from services.proxy_inference.vocabulary import Detokenizer
+from shared.adapter import Adapter
+from shared.engine.fitting import check_fit, supported_header
+from shared.engine.gguf_file import Header
+from shared.engine.llama_adapters import Control, Lora
+from shared.engine.model import Adaptation
+from shared.engine.native import (
+    load,
+    native,
+    pointer,
+    read_tensor,
+    reason,
+    start,
+    tensor_bytes,
+    tensor_name,
+)
+from shared.errors import EngineError
+
+BATCH_TOKENS = 512
+_FINAL_STATE = b"result_norm"
+_MOST_LOGITS = 1 << 24
+"""Of one pass: 64 MB."""
+
+_adapters = threading.Lock()
+"""A model keeps a list of its adapters; two threads must not change it at once."""
+
+
+class Weights:
+    """A GGUF file in memory, shared by the generations over it."""
+
+    def __init__(self, file: ModelFile) -> None:
+        """Raises EngineError for a file that cannot be served; names it and the mend."""
+        start()
+        self.file = file
+        self.path = path = str(file.path)
+        self.digest = file.digest
+        self.header: Header = supported_header(path)
+        self.model: Any = load(path)
+        self.vocabulary = Detokenizer(self.model)
+        self.width = int(native.llama_model_n_embd(self.model))
+        self.trained_tokens = int(native.llama_model_n_ctx_train(self.model))
+        self.users = 0
+
+    def close(self) -> None:
+        native.llama_model_free(self.model)
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How large a generation's context is."""
+
+    cells: int
+    lanes: int
+    threads: int
+
+
+class Generation:
+    """Steps one version's sequences. Opened and closed by one thread, stepped by another."""
+
+    def __init__(self, weights: Weights, adapter: Adapter | None, room: Room) -> None:
+        """It has computed a first token.
+
+        Raises:
+            EngineError: the adapter does not fit the model, there is no memory, or the model says
+                nothing finite with it.
+        """
+        self.weights = weights
+        self.room = room
+        self.limit = min(room.cells, weights.trained_tokens or room.cells)
+        """Tokens of the longest prompt and answer together."""
+        self.most_reads = max(_MOST_LOGITS // weights.vocabulary.size, 1)
+        self._rows = np.empty(0, np.int64)
+        self._deltas = np.empty((0, weights.width), np.float32)
+        self._watching = False
+        self._states: list[NDArray[np.float32]] = []
+        self._evaluated = native.ggml_backend_sched_eval_callback(self._on_evaluated)
+        self._lora: Lora | None = None
+        adaptation = _adaptation(adapter) if adapter else None
+        if adaptation:
+            check_fit(weights.path, weights.header, adaptation, 0)
+        self._context: Any = self._open_context(watched=bool(adaptation and adaptation.blocks))
+        self._batch = _Batch(BATCH_TOKENS)
+        try:
+            if adapter and adaptation:
+                self._carry(adaptation, adapter.values())
+            self._try()
+        except EngineError:
+            self.close()
+            raise
+
+    def decode(self, plan: Plan) -> NDArray[np.float32]:
+        """Logits of the plan's read positions, in its order: (reads, n_vocab) float32.
+
+        They are valid, and the caller's to change, until the next call.
+
+        Raises:
+            EngineError: llama.cpp failed; the cache is in no known state.
+        """
+        size = self._batch.fill(plan)
+        assert 0 < size <= BATCH_TOKENS, f"a pass of {size} tokens would abort the process"
+        self._edit(plan)
+        reads = sum(share.reads for share in plan.shares)
+        self._watching = bool(reads) and len(self._rows) > 0
+        code = native.llama_decode(self._context, self._batch.sent)
+        self._watching = False
+        if code:
+            self._states.clear()
+            raise EngineError(f"llama.cpp could not decode (code {code}); {reason()}")
+        if not reads:
+            native.llama_synchronize(self._context)
+            return np.empty((0, self.weights.vocabulary.size), np.float32)
+        logits: NDArray[np.float32] = np.ctypeslib.as_array(
+            native.llama_get_logits(self._context), shape=(reads, self.weights.vocabulary.size)
+        )
+        if len(self._rows):
+            states = np.concatenate(self._states)
+            self._states.clear()
+            if len(states) != reads:
+                raise EngineError("llama.cpp gave no final states: output rows cannot be served")
+            logits[:, self._rows] += states @ self._deltas.T
+        return logits
+
+    def clear(self) -> None:
+        """The cache is empty, of numbers too: what was not finite could leak through a mask."""
+        native.llama_memory_clear(native.llama_get_memory(self._context), True)
+
+    def close(self) -> None:
+        with _adapters:
+            if self._lora is not None:
+                self._lora.close()
+        native.llama_free(self._context)
+
+    def _carry(self, adaptation: Adaptation, values: NDArray[np.float32]) -> None:
+        """Output rows go to the logits; every other block into the context."""
+        rows = [n for n, block in enumerate(adaptation.blocks) if block.kind == "output_rows"]
+        if rows:
+            self._rows = adaptation.output_rows
+            if len(set(self._rows.tolist())) != len(self._rows):
+                raise EngineError("manifest: an output row is tuned by two blocks")
+            self._deltas = np.concatenate([adaptation.part(n, values) for n in rows])
+        deeper, deeper_values = _without(adaptation, rows, values)
+        if not deeper.blocks:
+            return
+        with _adapters:
+            self._lora = Lora(self.weights.model, self._context, self.weights.header, deeper)
+            self._lora.set(deeper_values)
+        Control(self._context, self.weights.model, deeper).set(deeper_values)
+
+    def _try(self) -> None:
+        """One token, so that a version that cannot speak is refused before it serves anyone."""
+        schedule = Schedule(lanes=1, cells=8, batch_tokens=8, most_reads=1)
+        schedule.add(Sequence([max(self.weights.vocabulary.end, 0)]))
+        logits = self.decode(schedule.next())
+        finite = bool(np.isfinite(logits).all())
+        self.clear()
+        if not finite:
+            raise EngineError("the model's answers are not finite with this adapter")
+
+    def _open_context(self, *, watched: bool) -> Any:
+        wanted = native.llama_context_default_params()
+        wanted.n_ctx = self.room.cells
+        wanted.n_batch = wanted.n_ubatch = BATCH_TOKENS
+        wanted.n_seq_max = self.room.lanes
+        wanted.n_threads = wanted.n_threads_batch = self.room.threads
+        wanted.kv_unified = True
+        wanted.swa_full = True  # so that a prefix can be cut back where layers see a window
+        wanted.op_offload = False
+        wanted.no_perf = True
+        if watched:
+            wanted.cb_eval = self._evaluated
+        context = native.llama_init_from_model(self.weights.model, wanted)
+        if not context:
+            raise EngineError(
+                f"{self.weights.path}: no memory for {self.room.cells} tokens; lower "
+                f"--context-tokens; {reason()}"
+            )
+        return context
+
+    def _edit(self, plan: Plan) -> None:
+        memory = native.llama_get_memory(self._context)
+        for edit in plan.edits:
+            if isinstance(edit, Forget):
+                if not native.llama_memory_seq_rm(memory, edit.lane, edit.start, -1):
+                    raise EngineError("llama.cpp cannot cut this model's cache back")
+            else:
+                native.llama_memory_seq_cp(memory, edit.source, edit.lane, 0, edit.count)
+
+    def _on_evaluated(self, tensor: int, ask: bool, _: object) -> bool:
+        """llama.cpp has computed, or asks whether we want to see, a node of its graph."""
+        if ask:
+            return self._watching and tensor_name(tensor) == _FINAL_STATE
+        width = self.weights.width
+        state = np.empty((tensor_bytes(tensor) // (4 * width), width), np.float32)
+        read_tensor(tensor, state.ctypes.data, 0, state.nbytes)
+        self._states.append(state)
+        return True
+
+
+class _Batch:
+    """The arrays of llama.cpp's batch, made once."""
+
+    def __init__(self, most: int) -> None:
+        self._tokens = np.zeros(most, np.int32)
+        self._positions = np.zeros(most, np.int32)
+        self._lanes = np.zeros(most, np.int32)
+        self._read = np.zeros(most, np.int8)
+        self._ones = np.ones(most, np.int32)
+        self._places = self._lanes.ctypes.data + 4 * np.arange(most, dtype=np.uint64)
+        self.sent = native.llama_batch()
+        self.sent.token = pointer(self._tokens, ctypes.c_int32)
+        self.sent.pos = pointer(self._positions, ctypes.c_int32)
+        self.sent.n_seq_id = pointer(self._ones, ctypes.c_int32)
+        self.sent.seq_id = pointer(self._places, ctypes.POINTER(ctypes.c_int32))
+        self.sent.logits = pointer(self._read, ctypes.c_int8)
+
+    def fill(self, plan: Plan) -> int:
+        """The batch holds the plan's tokens; how many there are (too many are not written)."""
+        size = plan.size
+        if size > len(self._tokens):
+            return size
+        at = 0
+        for share in plan.shares:
+            sequence = share.sequence
+            assert sequence.lane is not None
+            end, first = at + share.count, sequence.fed
+            self._tokens[at:end] = sequence.tokens[first : first + share.count]
+            self._positions[at:end] = range(first, first + share.count)
+            self._lanes[at:end] = sequence.lane.number
+            self._read[at:end] = 0
+            self._read[end - share.reads : end] = 1
+            at = end
+        self.sent.n_tokens = size
+        return size
+
+
+def _adaptation(adapter: Adapter) -> Adaptation:
+    manifest = adapter.manifest
+    return Adaptation(
+        manifest.architecture,
+        manifest.seed,
+        manifest.epoch,
+        manifest.blocks,
+        adapter.layout.offsets,
+    )
+
+
+def _without(
+    adaptation: Adaptation, numbers: list[int], values: NDArray[np.float32]
+) -> tuple[Adaptation, NDArray[np.float32]]:
+    """The adaptation and its values without the blocks `numbers`."""
+    kept = [n for n in range(len(adaptation.blocks)) if n not in set(numbers)]
+    parts = [adaptation.part(n, values).ravel() for n in kept]
+    offsets = [0, *np.cumsum([part.size for part in parts]).tolist()]
+    blocks = [adaptation.blocks[n] for n in kept]
+    changed = Adaptation(
+        adaptation.architecture, adaptation.seed, adaptation.epoch, blocks, offsets
+    )
+    return changed, np.concatenate(parts) if parts else np.empty(0, np.float32)

@@ -1,0 +1,203 @@
+"""The generations that are alive, who uses each, and which one new requests get.
+
+At most MOST_ALIVE: a swap waits for room, and what is overtaken meanwhile is never opened.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from services.proxy_inference.generation import Generation, Room, Weights
+from services.proxy_inference.shelf import ModelFile
+from services.proxy_inference.versions import BASE, Version
+from services.proxy_inference.worker import Worker
+from shared.adapter import Adapter
+from shared.errors import TransientError
+from shared.logs import get
+from shared.messages import JobSpec
+
+MOST_ALIVE = 3
+
+log = get("pool")
+
+
+@dataclass(eq=False)
+class Held:
+    """A generation that is alive."""
+
+    generation: Generation
+    version: Version | None
+    spec: JobSpec | None
+    users: int = 0
+    asked_for: bool = False
+    """Opened for a request that named it: it stays, idle, until its room is needed."""
+
+    @property
+    def name(self) -> str:
+        return self.version.name if self.version else BASE
+
+    @property
+    def fingerprint(self) -> str:
+        if self.version is not None:
+            return self.version.fingerprint
+        return f"{BASE}-{self.generation.weights.digest[:12]}"
+
+
+class Pool:
+    """Opens, lends and closes generations."""
+
+    def __init__(self, worker: Worker, room: Room) -> None:
+        self.default: Held | None = None
+        self.swaps = 0
+        self._worker = worker
+        self._room = room
+        self._held: list[Held] = []
+        self._weights: dict[str, Weights] = {}
+        self._changing = asyncio.Lock()
+        self._idle = asyncio.Event()
+        self._freed = asyncio.Event()
+
+    @property
+    def alive(self) -> list[Held]:
+        return list(self._held)
+
+    @property
+    def users(self) -> int:
+        return sum(held.users for held in self._held)
+
+    def get(self, version: Version | None) -> Held | None:
+        """The generation of a version, or of the present base model, if it is alive."""
+        for held in self._held:
+            if version is not None:
+                if held.version is not None and held.version.digest == version.digest:
+                    return held
+            elif held.version is None and self._is_present_base(held):
+                return held
+        return None
+
+    async def open(
+        self,
+        version: Version | None,
+        spec: JobSpec | None,
+        adapter: Adapter | None,
+        file: ModelFile,
+        *,
+        asked_for: bool = False,
+    ) -> Held:
+        """A generation that may be lent. Make room first: see `room`.
+
+        Raises:
+            TransientError: the room was taken meanwhile.
+            EngineError: the model or its adapter cannot be served.
+        """
+        async with self._changing:
+            alive = self.get(version)
+            if alive is not None:
+                return alive
+            if len(self._held) >= MOST_ALIVE:
+                raise TransientError("too many versions are in use; ask again soon")
+            weights = self._weights.get(file.digest)
+            if weights is None:
+                weights = await asyncio.to_thread(Weights, file)
+                self._weights[file.digest] = weights
+            weights.users += 1
+            try:
+                generation = await asyncio.to_thread(Generation, weights, adapter, self._room)
+            except BaseException:
+                await self._leave(weights)
+                raise
+            held = Held(generation, version, spec, asked_for=asked_for)
+            self._worker.attach(generation)
+            self._held.append(held)
+            return held
+
+    async def room(self) -> None:
+        """Another generation may be opened; waits until a running one has ended if need be."""
+        while len(self._held) >= MOST_ALIVE:
+            self._freed.clear()
+            if not await self._close_idle():
+                await self._freed.wait()
+
+    async def room_now(self) -> None:
+        """As `room`, without waiting.
+
+        Raises:
+            TransientError: every generation is in use.
+        """
+        if len(self._held) >= MOST_ALIVE and not await self._close_idle():
+            raise TransientError("too many versions are in use; ask again soon")
+
+    def serve(self, held: Held) -> None:
+        """New requests that name no version get this generation."""
+        previous, self.default = self.default, held
+        held.asked_for = False
+        if previous is held:
+            return
+        self.swaps += 1
+        log.info(
+            "serving",
+            version=held.name,
+            fingerprint=held.fingerprint,
+            before=previous.name if previous else "",
+        )
+        self._tell_idle()
+
+    @asynccontextmanager
+    async def lent(self, held: Held) -> AsyncGenerator[Held]:
+        """The generation stays alive while this is open."""
+        held.users += 1
+        try:
+            yield held
+        finally:
+            held.users -= 1
+            if not held.users:
+                self._tell_idle()
+
+    async def run(self) -> None:
+        """Close what served before and is not used any more, until cancelled."""
+        while True:
+            await self._idle.wait()
+            self._idle.clear()
+            for held in self.alive:
+                if held is not self.default and not held.users and not held.asked_for:
+                    await self._close(held)
+
+    async def close(self) -> None:
+        """Everything is given back; the worker has ended."""
+        for held in self.alive:
+            self._held.remove(held)
+            await asyncio.to_thread(held.generation.close)
+            await self._leave(held.generation.weights)
+
+    async def _close_idle(self) -> bool:
+        """Whether a generation was idle and is closed now."""
+        for held in self.alive:
+            if held is not self.default and not held.users:
+                await self._close(held)
+                return True
+        return False
+
+    async def _close(self, held: Held) -> None:
+        async with self._changing:
+            if held not in self._held or held.users or held is self.default:
+                return
+            self._held.remove(held)  # from here on it is not lent
+            await self._worker.detach(held.generation)
+            await asyncio.to_thread(held.generation.close)
+            await self._leave(held.generation.weights)
+            log.info("version_closed", version=held.name)
+        self._freed.set()
+
+    def _tell_idle(self) -> None:
+        self._idle.set()
+        self._freed.set()
+
+    def _is_present_base(self, held: Held) -> bool:
+        return self.default is None or held.generation.weights is self.default.generation.weights
+
+    async def _leave(self, weights: Weights) -> None:
+        weights.users -= 1
+        if not weights.users:
+            del self._weights[weights.digest]
+            await asyncio.to_thread(weights.close)

@@ -1,0 +1,232 @@
+"""The one thread that steps llama.cpp: every generation with work, one pass each, in turn.
+
+The event loop hands it tickets and takes their pieces; nothing else crosses over.
+"""
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from services.proxy_inference.batching import Schedule, Sequence, Share
+from services.proxy_inference.generation import BATCH_TOKENS, Generation
+from services.proxy_inference.running import Piece, Run
+from shared.errors import EngineError
+from shared.logs import get
+
+log = get("worker")
+
+
+@dataclass(eq=False)
+class Ticket:
+    """One sequence on its way, and where its pieces go: one more than it has tokens, at most."""
+
+    run: Run
+    index: int
+    pieces: asyncio.Queue[tuple[int, Piece]]
+
+
+@dataclass(eq=False)
+class _Desk:
+    generation: Generation
+    schedule: Schedule
+    tickets: dict[Sequence, Ticket] = field(default_factory=dict[Sequence, Ticket])
+
+
+@dataclass
+class Counts:
+    """What the thread has done, read by others at any time."""
+
+    running: int = 0
+    waiting: int = 0
+    passes: int = 0
+    tokens: int = 0
+    preempted: int = 0
+    failed_passes: int = 0
+    not_finite: int = 0
+
+
+class Worker:
+    """Steps generations until it is stopped."""
+
+    def __init__(self) -> None:
+        self.counts = Counts()
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done when the thread has ended; failed if a bug ended it."""
+        self._loop = asyncio.get_running_loop()
+        self._desks: dict[Generation, _Desk] = {}
+        self._orders: deque[Callable[[], None]] = deque()
+        self._some = threading.Condition()
+        self._stopping = False
+        self._pass_began = 0.0
+        # A daemon: a pass that hangs must not keep the process from ending.
+        self._thread = threading.Thread(target=self._run, name="llama.cpp", daemon=True)
+        self._thread.start()
+
+    @property
+    def pass_s(self) -> float:
+        """For how long the present pass has been computed; 0 between passes."""
+        began = self._pass_began
+        return time.monotonic() - began if began else 0.0
+
+    def attach(self, generation: Generation) -> None:
+        """The generation may be submitted to."""
+        schedule = Schedule(
+            lanes=generation.room.lanes,
+            cells=generation.room.cells,
+            batch_tokens=BATCH_TOKENS,
+            most_reads=generation.most_reads,
+        )
+        desk = _Desk(generation, schedule)
+        self._order(lambda: self._desks.__setitem__(generation, desk))
+
+    async def detach(self, generation: Generation) -> None:
+        """The generation is not stepped any more, and may be closed; it has no tickets."""
+        gone: asyncio.Future[None] = self._loop.create_future()
+
+        def take_away() -> None:
+            self._desks.pop(generation)
+            self._loop.call_soon_threadsafe(_set, gone)
+
+        self._order(take_away)
+        await asyncio.wait({gone, self.ended}, return_when=asyncio.FIRST_COMPLETED)
+
+    def submit(self, generation: Generation, ticket: Ticket) -> None:
+        """The ticket's pieces will come, the last with a `finish`."""
+
+        def take() -> None:
+            desk = self._desks[generation]
+            desk.tickets[ticket.run.sequence] = ticket
+            desk.schedule.add(ticket.run.sequence)
+
+        self._order(take)
+
+    def cancel(self, generation: Generation, ticket: Ticket) -> None:
+        """No more is computed for the ticket; one that is over is no error."""
+
+        def drop() -> None:
+            desk = self._desks.get(generation)
+            if desk is not None and desk.tickets.pop(ticket.run.sequence, None) is not None:
+                desk.schedule.end(ticket.run.sequence)
+
+        self._order(drop)
+
+    def stop(self) -> None:
+        """The thread ends after its present pass."""
+        with self._some:
+            self._stopping = True
+            self._some.notify()
+
+    def _order(self, order: Callable[[], None]) -> None:
+        with self._some:
+            self._orders.append(order)
+            self._some.notify()
+
+    def _run(self) -> None:
+        try:
+            while self._take_orders():
+                for desk in list(self._desks.values()):
+                    if desk.tickets:
+                        self._step(desk)
+                self._count()
+        except BaseException as error:  # noqa: BLE001 - carried to who awaits `ended`, not handled
+            self._tell(lambda error=error: self.ended.set_exception(error))
+        else:
+            self._tell(lambda: _set(self.ended))
+
+    def _tell(self, call: Callable[[], object]) -> None:
+        try:
+            self._loop.call_soon_threadsafe(call)
+        except RuntimeError:  # the loop is closed: nobody listens
+            log.warning("worker_outlived_the_loop")
+
+    def _take_orders(self) -> bool:
+        """Orders are done; waits for one where there is no work. False: time to stop."""
+        with self._some:
+            while not (
+                self._orders or self._stopping or any(d.tickets for d in self._desks.values())
+            ):
+                self._some.wait()
+            orders, self._orders = self._orders, deque()
+        for order in orders:
+            order()
+        return not self._stopping
+
+    def _step(self, desk: _Desk) -> None:
+        """One pass of one generation; its pieces are on their way."""
+        plan = desk.schedule.next()
+        if not plan.shares:
+            return
+        self._pass_began = time.monotonic()
+        try:
+            logits = desk.generation.decode(plan)
+        except EngineError as error:
+            self._failed(desk, plan.shares, str(error))
+            return
+        finally:
+            self._pass_began = 0.0
+        self.counts.passes += 1
+        self.counts.tokens += plan.size
+        desk.schedule.done(plan)
+        told: list[tuple[Ticket, Piece]] = []
+        poisoned = False
+        row = 0
+        for share in plan.shares:
+            rows = logits[row : row + share.reads]
+            row += share.reads
+            if not share.reads:
+                continue
+            ticket = desk.tickets[share.sequence]
+            if np.isfinite(rows.max(axis=1)).all():
+                piece = ticket.run.take(rows)
+            else:  # the largest of a row with a NaN is NaN
+                poisoned = True
+                piece = Piece(finish="error", error="the model's answer is not finite")
+                self.counts.not_finite += 1
+            if piece is not None:
+                told.append((ticket, piece))
+                if piece.finish:
+                    self._end(desk, share.sequence)
+        if poisoned:
+            desk.generation.clear()
+            desk.schedule.reset()
+        self._deliver(told)
+
+    def _failed(self, desk: _Desk, shares: list[Share], why: str) -> None:
+        """Those whose pass failed are told; the others begin again in an empty cache."""
+        log.error("pass_failed", why=why, sequences=len(shares))
+        self.counts.failed_passes += 1
+        tickets = [desk.tickets[share.sequence] for share in shares]
+        for ticket in tickets:
+            self._end(desk, ticket.run.sequence)
+        desk.generation.clear()
+        desk.schedule.reset()
+        self._deliver([(ticket, Piece(finish="error", error=why)) for ticket in tickets])
+
+    def _end(self, desk: _Desk, sequence: Sequence) -> None:
+        desk.tickets.pop(sequence)
+        desk.schedule.end(sequence)
+
+    def _count(self) -> None:
+        desks = self._desks.values()
+        self.counts.running = sum(len(desk.schedule.running) for desk in desks)
+        self.counts.waiting = sum(len(desk.schedule.waiting) for desk in desks)
+        self.counts.preempted = sum(desk.schedule.preempted for desk in desks)
+
+    def _deliver(self, told: list[tuple[Ticket, Piece]]) -> None:
+        if told:
+            self._tell(lambda: _hand_over(told))
+
+
+def _hand_over(told: list[tuple[Ticket, Piece]]) -> None:
+    for ticket, piece in told:
+        ticket.pieces.put_nowait((ticket.index, piece))
+
+
+def _set(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

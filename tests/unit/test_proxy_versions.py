@@ -1,0 +1,119 @@
+"""Which version serves: the log's facts, the disk and the operator's word."""
+
+import pytest
+
+from services.proxy_inference.versions import Pin, UnknownVersion, Version, Versions
+from shared.messages import BlobRef, EpochOpened, JobOpened, JobSpec, ModelPublished, Task
+
+SPEC = JobSpec(task=Task(loss="tokens"))
+
+
+def digest(job: str, round: int) -> str:
+    return f"{ord(job[-1]):02x}{round:04x}".ljust(64, "0")
+
+
+def published(job: str, round: int) -> ModelPublished:
+    return ModelPublished(
+        job=job,
+        epoch=0,
+        round=round,
+        digest=digest(job, round),
+        snapshot=BlobRef(digest(job, round), 10),
+    )
+
+
+def a_log(versions: Versions, *facts: tuple[str, int], start: int = 1) -> None:
+    for sequence, (job, round) in enumerate(facts, start):
+        versions.see(sequence, JobOpened(job=job, spec=SPEC))
+        versions.see(sequence, EpochOpened(job=job, epoch=0, manifest=b"m", digest="0" * 64))
+        versions.see(sequence, published(job, round))
+
+
+def keep(versions: Versions, job: str, round: int, sequence: int) -> Version:
+    ref = BlobRef(digest(job, round), 10)
+    version = Version(job, 0, round, digest(job, round), ref, sequence)
+    versions.keep(version, SPEC, b"m")
+    return version
+
+
+def wanted(versions: Versions) -> str | None:
+    version = versions.wanted()
+    return version.name if version else None
+
+
+def test_the_job_that_published_last_serves_unless_one_was_named() -> None:
+    versions, only = Versions(), Versions("a")
+    assert wanted(versions) is None
+    for each in (versions, only):
+        a_log(each, ("a", 5), ("b", 2), ("a", 6), ("b", 3))
+    assert wanted(versions) == "b@3"
+    assert wanted(only) == "a@6"
+
+
+def test_a_refused_version_leaves_the_one_before_it_and_the_next_is_tried() -> None:
+    versions = Versions()
+    a_log(versions, ("a", 5), ("a", 6))
+    newest = versions.wanted()
+    assert newest is not None
+    versions.refuse(newest, "its digest is another")
+    assert wanted(versions) == "a@5"
+    a_log(versions, ("a", 7), start=9)
+    assert wanted(versions) == "a@7"
+    with pytest.raises(UnknownVersion):
+        versions.of("a", 6)
+
+
+def test_rollback_goes_one_back_again_and_again_and_follow_returns() -> None:
+    versions = Versions()
+    for number, round in enumerate((5, 6, 7), 1):
+        keep(versions, "a", round, number)
+    assert versions.rollback(versions.wanted(), None) == Pin("a", 6)
+    assert versions.rollback(versions.wanted(), None) == Pin("a", 5)
+    a_log(versions, ("a", 8), start=20)
+    assert wanted(versions) == "a@5"
+    assert versions.of("a").name == "a@5"
+    with pytest.raises(UnknownVersion, match="a: an older one is not on disk; rounds 5, 6, 7 are"):
+        versions.rollback(versions.wanted(), None)
+    versions.follow()
+    assert wanted(versions) == "a@8"
+    assert versions.rollback(versions.wanted(), 6) == Pin("a", 6)
+    with pytest.raises(UnknownVersion, match="round 8 is not on disk"):
+        versions.rollback(versions.wanted(), 8)
+
+
+def test_a_pin_whose_version_is_gone_does_not_stop_the_service() -> None:
+    versions = Versions(pin=Pin("a", 1))
+    a_log(versions, ("a", 9))
+    assert wanted(versions) == "a@9"
+
+
+def test_another_brokers_log_takes_the_place_of_what_was_left_on_disk() -> None:
+    versions = Versions()
+    keep(versions, "old", 90, sequence=5000)
+    assert wanted(versions) == "old@90"
+    a_log(versions, ("new", 3))
+    versions.history_read()
+    assert wanted(versions) == "new@3"
+    assert versions.of("old").name == "old@90"
+
+
+def test_the_disk_keeps_the_newest_and_whatever_is_in_use() -> None:
+    versions = Versions()
+    kept = [keep(versions, "a", round, round) for round in range(1, 8)]
+    versions.pin = Pin("a", 1)
+    surplus = {version.round for version in versions.surplus(2, [kept[3]])}
+    assert surplus == {2, 3, 5}
+    for version in versions.surplus(2, [kept[3]]):
+        versions.forget(version)
+    assert [version.round for version in versions.listed()] == [7, 6, 4, 1]
+
+
+def test_what_is_asked_for_by_name_is_found_or_told_with_what_there_is() -> None:
+    versions = Versions()
+    a_log(versions, ("a", 5), ("a", 6))
+    assert versions.of("a").round == 6
+    assert versions.of("a", 5).round == 5
+    with pytest.raises(UnknownVersion, match=r"no job 'gpt-4' has published.*: a"):
+        versions.of("gpt-4")
+    with pytest.raises(UnknownVersion, match="a has no round 7; rounds at hand: 6"):
+        versions.of("a", 7)
