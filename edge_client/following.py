@@ -19,6 +19,7 @@ from edge_client.state import Fate, Position, fate, snapshot_is_faster
 from shared import log as joblog
 from shared.bus import Bus
 from shared.clock import backoff_s
+from shared.engine.protocol import Held, Look
 from shared.errors import EngineDied, EngineError, MalformedMessage, TransientError
 from shared.logs import get
 from shared.messages import (
@@ -107,6 +108,20 @@ class Following:
                 self._nudge()
                 raise
 
+    async def look(self) -> Held | None:
+        """What data the engine holds for the job now; None where it does not hold the job."""
+        async with self._still:
+            if not self._replica.alive:
+                return None
+            try:
+                return await self._replica.ask(Look(job=self.job), Held)
+            except (EngineDied, EngineLost):
+                self._replica.lose()
+                self._nudge()
+            except EngineError as error:
+                log.warning("data_not_read", job=self.job, why=str(error))
+            return None
+
     def stop(self) -> None:
         """Let go of whoever waits in `reaches`."""
         self._stopping = True
@@ -177,7 +192,7 @@ class Following:
         opening, start = self._opening, self._proven
         self._replica.doing = "reading the log"
         after = start.sequence if start else opening.sequence
-        tail = await history.tail(device.streams, self.job, after, device.link)
+        tail = await history.tail(device.streams, self.job, after, device.link, device.clock)
         if start is None:
             if tail.entries and isinstance(tail.entries[-1].event, JobEnded):
                 self._end()  # nothing is left to be done for it

@@ -4,13 +4,13 @@ Reading backwards ends at the newest snapshot, so that a long log need not be re
 is read on the way has to be applied after that snapshot anyway.
 """
 
-import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from shared import subjects
 from shared.bus import Streams
+from shared.clock import Clock
 from shared.codec import decode
 from shared.errors import EngineError, MalformedMessage
 from shared.messages import EpochOpened, JobOpened, LogEvent, Message, ModelPublished, RoundClosed
@@ -88,7 +88,7 @@ async def opening(streams: Streams, job: str) -> Opening:
     raise EngineError(f"job {job} has no beginning in the log: was the broker's store emptied?")
 
 
-async def tail(streams: Streams, job: str, after: int, link: Link) -> Tail:
+async def tail(streams: Streams, job: str, after: int, link: Link, clock: Clock) -> Tail:
     """The end of the log, back to the newest snapshot or to `after`.
 
     Raises:
@@ -102,10 +102,10 @@ async def tail(streams: Streams, job: str, after: int, link: Link) -> Tail:
     while start > after and not _reaches(found, snapshot) and size_bytes < KEPT_BYTES:
         end, start = start, max(after, start - window)
         window *= 2
-        began = time.perf_counter()
+        began = clock.now()
         page = [entry async for entry in entries(streams, job, start, end)]
         page_bytes = sum(entry.size_bytes for entry in page)
-        link.moved(page_bytes, time.perf_counter() - began)
+        link.moved(page_bytes, clock.now() - began)
         found = page + found
         size_bytes += page_bytes
         if snapshot is None:

@@ -4,20 +4,22 @@
     {"key": K, "what": "settled", "outcome": O}
     {"key": K, "what": "superseded"}      it left a full spool unsettled
 
-A settled line may come more than once for a key (the first word may be lost between its line and
-the update's removal); the first is the word that counts.
+The whole history, unless it is trimmed to what is still held. A settled line may come more than
+once for a key (the first word may be lost between its line and the update's removal); the first is
+the word that counts.
 """
 
 import array
-import errno
-import os
 import sys
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Container, Iterable
 
 import msgspec
 
+from edge_client.disk import Disk
 from shared.messages import ProbeResult, SubmitUpdate
+
+NAME = "ledger.jsonl"
+BESIDE = "ledger.tmp"
 
 
 class Fact(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -33,39 +35,46 @@ class Fact(msgspec.Struct, frozen=True, omit_defaults=True):
 class Ledger:
     """Append-only; a torn last line is cut off when it is opened."""
 
-    def __init__(self, path: Path) -> None:
-        """Open or begin the file at `path`.
+    def __init__(self, disk: Disk) -> None:
+        """Open or begin the file.
 
         Raises:
             OSError: it cannot be written.
         """
-        self._path = path
+        self._disk = disk
+        self.size_bytes = 0
         self.last_spooled = ""
         """Key of the newest spooled line: the last work that came to anything."""
-        with path.open("ab") as file:
-            size = file.tell()
-        with path.open("rb+") as file:
-            whole = 0
-            for line in file:
-                if line.endswith(b"\n"):
-                    whole += len(line)
-            if whole < size:
-                file.truncate(whole)
+        disk.append(NAME, b"")
+        whole = torn = 0
+        for line in disk.lines(NAME):
+            if line.endswith(b"\n"):
+                whole += len(line)
+            else:
+                torn = len(line)
+        if torn:
+            disk.truncate(NAME, whole)
+        self.size_bytes = whole
 
     def facts_of(self, keys: Iterable[str]) -> dict[str, set[str]]:
-        """What the ledger says of each of `keys`; finds `last_spooled` on the way."""
-        known: dict[str, set[str]] = {key: set() for key in keys}
-        with self._path.open("rb") as file:
-            for line in file:
-                try:
-                    fact = msgspec.json.decode(line, type=Fact)
-                except (msgspec.MsgspecError, UnicodeDecodeError):
-                    continue
-                if fact.key in known:
-                    known[fact.key].add(fact.what)
-                if fact.what == "spooled":
-                    self.last_spooled = fact.key
-        return known
+        """What the ledger says of each of `keys`, in the order in which they were spooled.
+
+        Keys without such a line come last: they are the newest. Finds `last_spooled` on the way.
+        """
+        unknown = {key: set[str]() for key in keys}
+        known: dict[str, set[str]] = {}
+        for line in self._disk.lines(NAME):
+            try:
+                fact = msgspec.json.decode(line, type=Fact)
+            except (msgspec.MsgspecError, UnicodeDecodeError):
+                continue
+            if fact.what == "spooled":
+                self.last_spooled = fact.key
+                if fact.key in unknown:
+                    known[fact.key] = unknown.pop(fact.key)
+            if (facts := known.get(fact.key, unknown.get(fact.key))) is not None:
+                facts.add(fact.what)
+        return {**known, **unknown}
 
     def spooled(self, update: SubmitUpdate) -> None:
         """Write that `update` is in the spool. Raises OSError, and then has written nothing."""
@@ -80,16 +89,38 @@ class Ledger:
     def superseded(self, key: str) -> None:
         self._append(Fact(key, "superseded"))
 
-    def _append(self, fact: Fact) -> None:
-        with self._path.open("ab", buffering=0) as file:
-            size = file.tell()
-            line = msgspec.json.encode(fact) + b"\n"
+    def sync(self) -> None:
+        """What was written outlives a power cut."""
+        self._disk.sync(NAME)
+
+    def trim(self, held: Container[str]) -> None:
+        """What is said of keys that are not `held` is gone, but for the newest spooled line.
+
+        Raises:
+            OSError: the disk is in the way; the ledger is as it was.
+        """
+        kept: list[bytes] = []
+        newest = b""
+        for line in self._disk.lines(NAME):
             try:
-                if file.write(line) != len(line):
-                    raise OSError(errno.ENOSPC, "only a part was written", str(self._path))
-            except OSError:
-                os.ftruncate(file.fileno(), size)
-                raise
+                fact = msgspec.json.decode(line, type=Fact)
+            except (msgspec.MsgspecError, UnicodeDecodeError):
+                continue
+            if fact.key in held:
+                kept.append(line)
+            elif fact.what == "spooled" and fact.key == self.last_spooled:
+                newest = line
+        data = b"".join([*kept, newest])  # last: that is how it is found
+        self._disk.write(BESIDE, data)
+        self._disk.sync(BESIDE)
+        self._disk.rename(BESIDE, NAME)
+        self._disk.sync()
+        self.size_bytes = len(data)
+
+    def _append(self, fact: Fact) -> None:
+        line = msgspec.json.encode(fact) + b"\n"
+        self._disk.append(NAME, line)
+        self.size_bytes += len(line)
 
 
 def _sum(update: SubmitUpdate) -> int | None:

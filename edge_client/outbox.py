@@ -74,11 +74,13 @@ class Outbox:
         """`key` has been handed to the broker if there is a link; else it stays due."""
         if not self._bus.connected:
             return
-        data = await asyncio.to_thread(self._spool.read, key) if key in self._spool else None
+        data, job = None, self._spool.job(key)
+        if job:  # asked first: the spool may have let go of the key when it has been read
+            data = await asyncio.to_thread(self._spool.read, key)
         if data is None:  # settled or dropped meanwhile, or its file is gone
             self._resends.forget(key)
             return
-        subject = subjects.update(self._spool.job(key), self._device)
+        subject = subjects.update(job, self._device)
         try:
             await self._bus.publish(subject, data, {subjects.KEY_HEADER: key})
         except TransientError as error:
@@ -95,11 +97,23 @@ class Outbox:
                 await self.send(key)
             self._hurry.clear()
             wait_s = self._resends.next_s(self._clock.now())
+            if self._spool.untold and not await self._told():
+                wait_s = RESEND_CAP_S if wait_s is None else min(wait_s, RESEND_CAP_S)
             if wait_s is not None and not self._bus.connected:
                 wait_s = max(wait_s, RESEND_FIRST_S)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait_s):
                     await self._hurry.wait()
+
+    async def _told(self) -> bool:
+        """Whether the ledger has all that it had no room for."""
+        try:
+            async with self._disk:
+                await asyncio.to_thread(self._spool.tell)
+        except OSError as error:
+            log.debug("ledger_still_full", why=str(error))
+            return False
+        return True
 
     async def settling(
         self, settlements: AsyncIterator[Delivery], back: Callable[[], None]
@@ -123,6 +137,10 @@ class Outbox:
                 held = await asyncio.to_thread(self._spool.settle, settled.key, settled.outcome)
         except OSError as error:
             log.error("settle_not_written", key=settled.key, why=str(error))
+            if settled.key in self._spool:  # its word is asked for again, when there may be room
+                self._resends.add(settled.key, self._clock.now())
+                self._resends.sent(settled.key, self._clock.now())
+            self._hurry.set()
             return
         if not held:
             log.debug("settled_before", key=settled.key, outcome=settled.outcome)

@@ -3,7 +3,6 @@
 Every step compares the engine's digest with the log's, so the position is always a proven one.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,9 +11,11 @@ from typing import TypeVar
 from edge_client.engine import Engine
 from edge_client.history import Link
 from edge_client.models import Models
+from edge_client.rows import Rows
 from edge_client.state import Position
 from shared import blobs
 from shared.bus import Streams
+from shared.clock import Clock
 from shared.codec import decode_manifest
 from shared.engine.protocol import (
     Apply,
@@ -45,8 +46,7 @@ class Device:
     """What all jobs of a device share; `opened` is told what the data turned out to be."""
 
     name: str
-    data: str
-    heldout: str
+    rows: Rows
     threads: int
     state_dir: Path
     streams: Streams
@@ -54,6 +54,7 @@ class Device:
     models: Models
     counters: Counters
     link: Link
+    clock: Clock
     opened: Callable[[Opened], None]
 
 
@@ -115,8 +116,8 @@ class Replica:
             manifest=epoch.manifest,
             task=spec.task,
             model=str(model),
-            data=device.data,
-            heldout=device.heldout,
+            data=device.rows.data,
+            heldout=device.rows.heldout,
             device=device.name,
             threads=device.threads,
         )
@@ -137,13 +138,13 @@ class Replica:
         device = self._device
         self.doing = "fetching a snapshot"
         path = device.state_dir / "snapshots" / f"{self._job}.snapshot"
-        began = time.perf_counter()
+        began = device.clock.now()
         try:
             await blobs.fetch(device.streams, snapshot.snapshot, path)
         except TransientError as error:
             log.warning("snapshot_not_fetched", job=self._job, why=str(error))
             return False
-        device.link.moved(snapshot.snapshot.size_bytes, time.perf_counter() - began)
+        device.link.moved(snapshot.snapshot.size_bytes, device.clock.now() - began)
         standing = await self.ask(Restore(job=self._job, path=str(path)), Standing)
         _remove(path)
         self._stand(sequence, snapshot.epoch, standing, snapshot.digest)
@@ -157,10 +158,11 @@ class Replica:
             DigestMismatch: the engine's adapter went elsewhere.
             EngineError: the engine is not there any more.
         """
-        began = time.perf_counter()
+        device = self._device
+        began = device.clock.now()
         request = Apply(job=self._job, round=closed.round, commit=closed.commit)
         standing = await self.ask(request, Standing)
-        self.apply_s += (time.perf_counter() - began - self.apply_s) / 3
+        self.apply_s += (device.clock.now() - began - self.apply_s) / 3
         self._stand(sequence, closed.epoch, standing, closed.digest)
 
     def read(self, sequence: int) -> None:

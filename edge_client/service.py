@@ -4,7 +4,6 @@ It is silent while it has nothing to do: the scheduler wakes it.
 """
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -16,11 +15,12 @@ from edge_client.models import Models
 from edge_client.outbox import Outbox
 from edge_client.replica import Device
 from edge_client.reporting import About
+from edge_client.rows import Rows
 from edge_client.spool import Spool
 from edge_client.working import Working
 from shared import subjects
 from shared.bus import Bus, Delivery, Streams
-from shared.clock import SystemClock, jittered
+from shared.clock import Clock, SystemClock, jittered
 from shared.codec import decode, encode
 from shared.errors import RejectError, TransientError
 from shared.logs import get
@@ -50,7 +50,9 @@ class Edge:
         streams: Streams,
         spool: Spool,
         process: Restartable,
+        clock: Clock | None = None,
     ) -> None:
+        self._clock = clock or SystemClock()
         self._settings = settings
         self._bus = bus
         self._spool = spool
@@ -65,14 +67,14 @@ class Edge:
             spool,
             settings.device,
             self.counters,
-            SystemClock(),
+            self._clock,
             lambda text: self._about.problem("spool", text),
         )
         self._followings: dict[str, Following] = {}
+        self._rows = Rows(settings, self._about, self._clock, self._grown)
         self._device = Device(
             name=settings.device,
-            data=settings.data,
-            heldout=settings.heldout if settings.trusted else "",
+            rows=self._rows,
             threads=settings.threads,
             state_dir=Path(settings.state_dir),
             streams=streams,
@@ -80,6 +82,7 @@ class Edge:
             models=self._models,
             counters=self.counters,
             link=Link(),
+            clock=self._clock,
             opened=self._about.opened,
         )
         self._working = Working(
@@ -91,6 +94,7 @@ class Edge:
             self.counters,
             self._following,
             self._report_due,
+            self._clock,
             last=_key(spool.ledger.last_spooled),
         )
         self._group = asyncio.TaskGroup()
@@ -101,7 +105,7 @@ class Edge:
         device = self._settings.device
         for name in self._spool.bad:
             log.warning("spool_file_set_aside", file=name, why="torn, or not an update")
-        await asyncio.to_thread(self._about.count_lines)
+        await self._rows.count()
         async with (
             self._bus.subscribe(subjects.settled(device), gaps=True) as settlements,
             self._bus.subscribe(subjects.wake(device), limit=16) as calls,
@@ -116,6 +120,7 @@ class Edge:
                     group.create_task(self._waking(calls)),
                     group.create_task(self._reporting()),
                     group.create_task(self._indexing()),
+                    group.create_task(self._rows.keep()),
                 ]
                 await stop.wait()
                 self._about.problem("device", STOPPED)
@@ -132,6 +137,12 @@ class Edge:
                 await self._bus.flush()
         except (TimeoutError, TransientError) as error:
             log.warning("farewell_not_heard", why=str(error) or "no answer")
+
+    def standing(self) -> tuple[bool, str]:
+        """Whether the broker is there, and what this device does, for its supervisor."""
+        link = "connected" if self._bus.connected else "waiting for the broker"
+        jobs = ", ".join(sorted(self._followings)) or "no job"
+        return self._bus.connected, f"{link}; {jobs}; {len(self._spool)} updates to settle"
 
     # What it follows
 
@@ -167,6 +178,14 @@ class Edge:
         if not self._followings:
             await self._engine.rest()
 
+    async def _grown(self) -> bool:
+        """Every open job has seen what rows there are now; False where none is open."""
+        held = [await following.look() for following in list(self._followings.values())]
+        for one in held:
+            if one is not None:
+                self._about.opened(one)
+        return any(held)
+
     # What it hears and says
 
     def _woken(self) -> None:
@@ -195,7 +214,7 @@ class Edge:
                 async with asyncio.timeout(jittered(every_s, spread=0.1)):
                     await self._report_due.wait()
             except TimeoutError:
-                heard = time.monotonic() - self._working.answered_at < every_s
+                heard = self._clock.now() - self._working.answered_at < every_s
             else:
                 heard = False
             self._report_due.clear()
@@ -206,10 +225,12 @@ class Edge:
         self._about.stand({job: position.text() for job, position in followed if position})
         self.counters.put("reconnects", self._bus.reconnects)
         self.counters.put("deliveries_dropped", self._bus.dropped)
-        data = encode(self._about.report())
-        if unless_told and data == self._told:
-            return
-        self._told = data
+        if unless_told and encode(self._about.report()) == self._told:
+            return  # bytes over the link are no news: each report would call for the next
+        traffic = self._bus.traffic
+        self.counters.put("link_bytes_in", traffic.bytes_in)
+        self.counters.put("link_bytes_out", traffic.bytes_out)
+        data = self._told = encode(self._about.report())
         try:
             await self._bus.publish(subjects.report(self._settings.device), data)
         except TransientError as error:

@@ -7,16 +7,18 @@ many, which is sent once more and settled as a duplicate.
 """
 
 import contextlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from edge_client.disk import Disk
 from edge_client.ledger import Ledger
 from shared.codec import decode, encode
 from shared.errors import ConfigError, MalformedMessage, TransientError
 from shared.messages import SubmitUpdate
 
 SUFFIX = ".update"
+BESIDE = ".tmp"
+SETTLED = ".settled"
 
 
 class SpoolFull(TransientError):
@@ -35,20 +37,32 @@ class Held:
 class Spool:
     """Unsettled updates of one device, oldest first. Blocks on the disk: call it in a thread."""
 
-    def __init__(self, directory: Path, *, max_bytes: int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        max_bytes: int,
+        max_ledger_bytes: int = 0,
+        disk: Disk | None = None,
+    ) -> None:
         """Take up what an earlier run left; undecodable files are set aside as `.bad`.
+
+        Past `max_ledger_bytes` the ledger forgets what is not held any more; 0: never.
 
         Raises:
             ConfigError: the directory cannot be used.
         """
         self._directory = directory
         self._max_bytes = max_bytes
+        self._max_ledger_bytes = self._trim_at = max_ledger_bytes
         self._held: dict[str, Held] = {}
+        self._marked: list[str] = []
         self.bad: list[str] = []
         """Files that were set aside."""
+        self._disk = disk or Disk(directory)
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            self.ledger = Ledger(directory / "ledger.jsonl")
+            self._disk.prepare()
+            self.ledger = Ledger(self._disk)
             self._take_up()
         except OSError as error:
             raise ConfigError(f"spool {directory}: {error.strerror}; set state_dir") from error
@@ -64,7 +78,9 @@ class Spool:
         return len(self._held)
 
     def job(self, key: str) -> str:
-        return self._held[key].job
+        """The job of a key; empty where it is not held."""
+        held = self._held.get(key)
+        return held.job if held else ""
 
     def put(self, update: SubmitUpdate) -> list[str]:
         """Make `update` durable; returns the keys dropped to make room, oldest first.
@@ -78,13 +94,12 @@ class Spool:
         if key in self._held:
             return []
         data = encode(update)
-        path = self._path(key)
         try:
-            self._write(path, data)
+            self._write(key, data)
             try:
                 self.ledger.spooled(update)
             except OSError:
-                path.unlink(missing_ok=True)
+                self._disk.remove(key + SUFFIX)
                 raise
         except OSError as error:
             raise SpoolFull(
@@ -96,7 +111,7 @@ class Spool:
     def read(self, key: str) -> bytes | None:
         """The encoded update, as it is sent; None where it was settled meanwhile."""
         try:
-            return self._path(key).read_bytes()
+            return self._disk.read(key + SUFFIX)
         except OSError:
             return None
 
@@ -104,35 +119,62 @@ class Spool:
         """Forget `key`; False where it was not held.
 
         Raises:
-            OSError: the disk is in the way; the update is gone if it could be removed.
+            OSError: the disk is in the way. The update is gone all the same, and the ledger told
+                when there is room, or it is held as before.
         """
         if key not in self._held:
             return False
         try:
-            self.ledger.settled(key, outcome)
+            self._told(key, outcome)
         except OSError:
-            self._remove(key)  # makes the room that the line may need
-            self.ledger.settled(key, outcome)
+            self._mark(key, outcome)  # makes the room that the line may need
         else:
             self._remove(key)
+        self.tell()
+        self._trim()
         return True
 
-    def _path(self, key: str) -> Path:
-        return self._directory / f"{key}{SUFFIX}"
+    def _told(self, key: str, outcome: str) -> None:
+        """The ledger has the word, and no power cut takes the line and leaves the update gone."""
+        self.ledger.settled(key, outcome)
+        self.ledger.sync()
 
-    def _write(self, path: Path, data: bytes) -> None:
-        beside = path.with_suffix(".tmp")
+    def _mark(self, key: str, outcome: str) -> None:
+        """An empty file says by its name what the ledger has no room for."""
+        name = f"{key}.{outcome}{SETTLED}"
+        self._disk.rename(key + SUFFIX, name)
+        self._held.pop(key)
+        self._marked.append(name)
+        self._disk.truncate(name, 0)
+        self._disk.sync()
+
+    @property
+    def untold(self) -> bool:
+        """Whether the ledger lacks a word that it had no room for."""
+        return bool(self._marked)
+
+    def tell(self) -> None:
+        """The ledger has what it had no room for before.
+
+        Raises:
+            OSError: there is still none.
+        """
+        while self._marked:
+            key, _, outcome = self._marked[0].removesuffix(SETTLED).rpartition(".")
+            self._told(key, outcome)
+            self._disk.remove(self._marked.pop(0))
+
+    def _write(self, key: str, data: bytes) -> None:
+        beside = key + BESIDE
         try:
-            with beside.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.rename(path)
+            self._disk.write(beside, data)
+            self._disk.sync(beside)
+            self._disk.rename(beside, key + SUFFIX)
         except OSError:
             with contextlib.suppress(OSError):
-                beside.unlink(missing_ok=True)
+                self._disk.remove(beside)
             raise
-        _sync(self._directory)
+        self._disk.sync()
 
     def _make_room(self, newest: str) -> list[str]:
         """Drop the oldest but `newest`, which is safe by now, until the rest fit."""
@@ -143,6 +185,7 @@ class Spool:
                 break
             try:
                 self.ledger.superseded(key)
+                self.ledger.sync()
             except OSError:
                 break
             self._remove(key)
@@ -150,35 +193,44 @@ class Spool:
             dropped.append(key)
         return dropped
 
+    def _trim(self) -> None:
+        """Keep the ledger within its bound, or within twice what it must hold."""
+        if not self._max_ledger_bytes or self.ledger.size_bytes <= self._trim_at:
+            return
+        with contextlib.suppress(OSError):  # a longer ledger harms nobody
+            self.ledger.trim(self._held)
+        self._trim_at = max(self._max_ledger_bytes, 2 * self.ledger.size_bytes)
+
     def _remove(self, key: str) -> None:
-        self._path(key).unlink(missing_ok=True)
+        self._disk.remove(key + SUFFIX)
         self._held.pop(key)
 
     def _take_up(self) -> None:
-        paths = sorted(self._directory.glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime_ns)
-        for path in paths:
-            try:
-                update = decode(path.read_bytes(), SubmitUpdate)
-            except (MalformedMessage, OSError):
-                update = None
-            if update is None or update.key.text() + SUFFIX != path.name:
-                path.rename(path.with_suffix(".bad"))
-                self.bad.append(path.name)
-                continue
-            key = update.key.text()
-            self._held[key] = Held(key, update.key.job, path.stat().st_size)
-        for path in self._directory.glob("*.tmp"):
-            path.unlink()
-        for key, facts in self.ledger.facts_of(self._held).items():
+        found: dict[str, SubmitUpdate] = {}
+        for name in self._disk.names():
+            if name.endswith(BESIDE):
+                self._disk.remove(name)
+            elif name.endswith(SETTLED):
+                self._marked.append(name)
+            elif name.endswith(SUFFIX):
+                try:
+                    update = decode(data := self._disk.read(name), SubmitUpdate)
+                except (MalformedMessage, OSError):
+                    update, data = None, b""
+                if update is None or update.key.text() + SUFFIX != name:
+                    self._disk.rename(name, name.removesuffix(SUFFIX) + ".bad")
+                    self.bad.append(name)
+                    continue
+                key = update.key.text()
+                found[key] = update
+                self._held[key] = Held(key, update.key.job, len(data))
+        self._disk.sync()  # a kill may have come between a rename and this
+        # By the ledger, which no clock that was set back can put out of order.
+        for key, facts in self.ledger.facts_of(found).items():
+            self._held[key] = self._held.pop(key)
             if "settled" in facts or "superseded" in facts:
                 self._remove(key)
             elif "spooled" not in facts:
-                self.ledger.spooled(decode(self._path(key).read_bytes(), SubmitUpdate))
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+                self.ledger.spooled(found[key])
+        with contextlib.suppress(OSError):
+            self.tell()

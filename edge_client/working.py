@@ -5,7 +5,6 @@ One piece at a time. Work that cannot be done is declined with the reason in the
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
@@ -20,7 +19,7 @@ from edge_client.reporting import About
 from edge_client.spool import Spool
 from shared import subjects
 from shared.bus import Bus
-from shared.clock import backoff_s, jittered
+from shared.clock import Clock, backoff_s, jittered
 from shared.codec import decode, encode
 from shared.errors import EngineDied, EngineError, MalformedMessage, TransientError
 from shared.logs import get
@@ -56,7 +55,7 @@ class Declined(Exception):
 class Working:
     """`wake` ends any pause; `in_hand` is true from the measurement until the update is sent.
 
-    `answered_at`: when the scheduler last answered, by the monotonic clock.
+    `answered_at`: when the scheduler last answered, by `clock`.
     """
 
     settings: Settings
@@ -67,6 +66,7 @@ class Working:
     counters: Counters
     following: Callable[[str], Following]
     report: asyncio.Event
+    clock: Clock
     last: UpdateKey | None = None
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     in_hand: bool = False
@@ -121,7 +121,7 @@ class Working:
         )
         subject = subjects.work(self.settings.device)
         data = await self.bus.request(subject, encode(request), timeout_s=REQUEST_S)
-        self._declined, self.answered_at = "", time.monotonic()
+        self._declined, self.answered_at = "", self.clock.now()
         try:
             answer = decode(data, Message)
         except MalformedMessage as error:

@@ -37,6 +37,16 @@ def decode(data: bytes, expected: type[Kind]) -> Kind:
     return message
 
 
+def check_sender(subject: str, own: str) -> None:
+    """The message came on the subject that its body belongs on: rights are given by subject.
+
+    Raises:
+        MalformedMessage: it did not, and so speaks for somebody else.
+    """
+    if subject != own:
+        raise MalformedMessage(f"what belongs on {own} was sent on {subject}")
+
+
 def encode_manifest(manifest: Manifest) -> bytes:
     """The bytes of a manifest; they, not their meaning, enter the adapter's digest."""
     return _encoder.encode(manifest)

@@ -5,6 +5,7 @@ that drops, repeats and restarts. Knows nothing of what the events mean.
 """
 
 import asyncio
+import random
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
@@ -27,7 +28,7 @@ from shared.clock import backoff_s
 from shared.codec import decode, encode
 from shared.errors import Fenced, MalformedMessage, TransientError
 from shared.logs import get
-from shared.messages import DetailEvent, LogEvent, Message
+from shared.messages import DetailEvent, LogEvent, Message, WriterStarted
 
 Event = LogEvent | DetailEvent
 Kind = TypeVar("Kind")
@@ -92,8 +93,9 @@ async def patiently(call: Callable[[], Awaitable[Result]], what: str) -> Result:
 class LogWriter:
     """Appends to one stream as its only writer.
 
-    `last` is the stream's last sequence that this process has taken into account: open the writer
-    first and replay the log after it, so that whatever another process adds fences this one off.
+    `last` is the stream's last sequence that this process has taken into account: open the writer,
+    or claim the stream, first and replay the log after it, so that whatever another process adds
+    fences this one off.
     """
 
     def __init__(self, streams: Streams, stream: str, *, last: int) -> None:
@@ -110,6 +112,33 @@ class LogWriter:
             return await streams.last_sequence(stream)
 
         return cls(streams, stream, last=await patiently(last, "last_sequence"))
+
+    async def claim(self) -> None:
+        """Whoever wrote to the stream before can write no more; `last` is where that was said.
+
+        Who writes to two streams claims both before it reads either: else one process might go on
+        in the first of them and another in the second, and neither know what both have logged.
+        """
+        name = f"{random.getrandbits(64):016x}"
+        subject, data = self._subject_of(subjects.WRITER), encode(WriterStarted(writer=name))
+        attempt = 0
+        while True:
+            try:
+                appended = await self._streams.append(
+                    subject, data, stream=self._stream, expected_last=self.last
+                )
+            except SequenceMismatch as mismatch:
+                if attempt and await self._is_ours(subject, data, mismatch.last):
+                    self.last += 1
+                    return
+                self.last = (await self.open(self._streams, self._stream)).last
+            except TransientError as error:
+                _log.warning("claim_unanswered", stream=self._stream, why=str(error))
+                await asyncio.sleep(backoff_s(attempt, first_s=0.05, cap_s=5.0))
+                attempt += 1
+            else:
+                self.last = appended.sequence
+                return
 
     async def append(self, job: str, event: Event) -> int:
         """The sequence of `event`, stored once, however often the broker fails meanwhile.
@@ -140,6 +169,20 @@ class LogWriter:
             else:
                 self.last = appended.sequence
                 return self.last
+
+    async def check(self) -> None:
+        """Nobody else has written to the stream.
+
+        Raises:
+            Fenced: another process has.
+        """
+
+        async def last() -> int:
+            return await self._streams.last_sequence(self._stream)
+
+        found = await patiently(last, "last_sequence")
+        if found != self.last:
+            raise self._fenced(found)
 
     async def _is_ours(self, subject: str, data: bytes, last: int) -> bool:
         """Whether an append without an answer has landed: the next entry is it, to the bit."""
@@ -211,7 +254,7 @@ class _Source(Generic[Kind]):
     stream: str
     stored: str
     live: str
-    decode: Callable[[bytes], Kind]
+    narrowed: Callable[[Message], Kind]
 
     def sequences(self, news: Delivery) -> tuple[int, int]:
         """The stream sequence of a republished event, and that of the one before; (0, 0): none.
@@ -269,7 +312,7 @@ async def _follow(
             sequence, before = source.sequences(news)
             if before <= position < sequence:
                 position = sequence
-                event = _decoded(source.stream, sequence, news.data, source.decode)
+                event = _decoded(source.stream, sequence, news.data, source.narrowed)
                 if event is not None:
                     yield sequence, event
             elif news is GAP or sequence > position or source.live == source.stored:
@@ -277,7 +320,7 @@ async def _follow(
                 async with aclosing(_catch_up(streams, source, position, wanted)) as missing:
                     async for stored in missing:
                         position = stored.sequence
-                        event = _decoded(source.stream, position, stored.data, source.decode)
+                        event = _decoded(source.stream, position, stored.data, source.narrowed)
                         if event is not None:
                             yield position, event
             news = await _next(live, check_s)
@@ -323,33 +366,31 @@ async def _catch_up(
 
 
 def _decoded(
-    stream: str, sequence: int, data: bytes, decode_kind: Callable[[bytes], Kind]
+    stream: str, sequence: int, data: bytes, narrowed: Callable[[Message], Kind]
 ) -> Kind | None:
-    """The event, or None for one of a kind that this version does not know."""
+    """The event; None for what is not of any job, or of a kind that this version does not know."""
     try:
-        return decode_kind(data)
+        message = decode(data, Message)
+        return None if isinstance(message, WriterStarted) else narrowed(message)
     except MalformedMessage as error:
         declined[stream] += 1
         _log.warning("log_entry_declined", stream=stream, sequence=sequence, why=str(error))
         return None
 
 
-def _event(data: bytes) -> Event:
-    message = decode(data, Message)
+def _event(message: Message) -> Event:
     if not isinstance(message, LogEvent | DetailEvent):
         raise MalformedMessage(f"a {type(message).__name__} in a log")
     return message
 
 
-def _log_event(data: bytes) -> LogEvent:
-    message = decode(data, Message)
+def _log_event(message: Message) -> LogEvent:
     if not isinstance(message, LogEvent):
         raise MalformedMessage(f"a {type(message).__name__} in the public log")
     return message
 
 
-def _detail_event(data: bytes) -> DetailEvent:
-    message = decode(data, Message)
+def _detail_event(message: Message) -> DetailEvent:
     if not isinstance(message, DetailEvent):
         raise MalformedMessage(f"a {type(message).__name__} among the details")
     return message

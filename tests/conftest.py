@@ -15,6 +15,12 @@ from tests.support.broker import BrokerProcess, start_broker
 from tests.support.hubs import Hub, MemoryHub, NatsHub
 
 
+@pytest.fixture(autouse=True, scope="session")
+def config_home(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test reads or writes what this user has configured."""
+    os.environ["XDG_CONFIG_HOME"] = str(tmp_path_factory.mktemp("config"))
+
+
 @pytest.fixture
 async def broker(tmp_path: Path) -> AsyncGenerator[BrokerProcess, None]:
     """A nats-server of this test's own."""

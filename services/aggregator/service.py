@@ -11,7 +11,7 @@ from services.aggregator.state import EVALUATION_ROUNDS, JobState
 from shared import blobs, subjects
 from shared.bus import Bus, Delivery, Stored, Streams
 from shared.clock import Clock
-from shared.codec import decode, encode
+from shared.codec import check_sender, decode, encode
 from shared.errors import MalformedMessage, RejectError, TransientError
 from shared.log import LogWriter, ensure_streams, read_patiently
 from shared.logs import get
@@ -33,7 +33,7 @@ from shared.messages import (
 )
 from shared.metrics import Counters
 from shared.runtime import Stop, settle
-from shared.service import report_counters
+from shared.service import flushed, report_counters
 
 log = get("aggregator")
 
@@ -83,12 +83,15 @@ class Aggregator:
             await self._updates(stop)
             for task in background:
                 task.cancel()
-        await self._bus.flush()
+        await flushed(self._bus)
 
     async def replay(self) -> None:
         """Evolve over LOG, then over the part of DETAIL that may still matter."""
         self._log = await LogWriter.open(self._streams, subjects.LOG_STREAM)
+        await self._log.claim()
         self._detail = await LogWriter.open(self._streams, subjects.DETAIL_STREAM)
+        await self._detail.claim()
+        await self._log.check()  # a third one may have started meanwhile
         counted: dict[str, list[int]] = {}
         everything = read_patiently(self._streams, subjects.LOG_STREAM, subjects.ALL_LOGS)
         async with aclosing(everything) as events:
@@ -210,7 +213,8 @@ class Aggregator:
         for message in messages:
             try:
                 update = decode(message.data, SubmitUpdate)
-                self._check_sender(message.subject, update)
+                own = subjects.update(update.key.job, update.key.device)
+                check_sender(message.subject, own)
             except RejectError as error:
                 self.counters.add("messages_malformed")
                 await self._settled_unread(message, str(error))
@@ -220,12 +224,12 @@ class Aggregator:
             await self._fold_job(name, updates)
 
     async def _fold_job(self, name: str, updates: Sequence[SubmitUpdate]) -> None:
-        job = self.jobs.get(name)
-        if job is None or not job.begun:
-            reason = f"job {name!r} is unknown here"
-            await self._settle(updates, [Outcome("rejected", reason)] * len(updates))
-            return
         async with self._turn:
+            job = self.jobs.get(name)
+            if job is None or not job.begun:
+                reason = f"job {name!r} is unknown here"
+                await self._settle(updates, [Outcome("rejected", reason)] * len(updates))
+                return
             if job.open is None and not job.ended:  # an earlier turn was cut short
                 await self._go_on(job)
             event, outcomes = job.decide_updates(updates)
@@ -324,6 +328,9 @@ class Aggregator:
             await self._bus.publish(delivery.reply, encode(answer))
 
     async def _settle(self, updates: Sequence[SubmitUpdate], outcomes: Sequence[Outcome]) -> None:
+        """Tell the devices. The last word on an update is only for who knows all of the log."""
+        if any(outcome.word in ("rejected", "too_late") for outcome in outcomes):
+            await self._log.check()
         for update, outcome in zip(updates, outcomes, strict=True):
             self.counters.add(f"updates_{outcome.word}")
             if outcome.word == "rejected":
@@ -342,8 +349,3 @@ class Aggregator:
         if key:
             settled = UpdateSettled(key=key[:400], outcome="rejected", reason=reason[:500])
             await self._bus.publish(subjects.settled(device), encode(settled))
-
-    def _check_sender(self, subject: str, update: SubmitUpdate) -> None:
-        expected = subjects.update(update.key.job, update.key.device)
-        if subject != expected:
-            raise RejectError(f"an update of {expected} was sent on {subject}")

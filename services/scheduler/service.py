@@ -9,8 +9,7 @@ from services.scheduler.state import State
 from shared import subjects
 from shared.bus import Bus, Delivery, Streams
 from shared.clock import Clock
-from shared.codec import decode, encode
-from shared.errors import MalformedMessage
+from shared.codec import check_sender, decode, encode
 from shared.log import ensure_streams, follow_all, follow_detail, read_patiently
 from shared.logs import get
 from shared.messages import (
@@ -27,7 +26,7 @@ from shared.messages import (
 )
 from shared.metrics import Counters
 from shared.runtime import Stop, settle
-from shared.service import report_counters
+from shared.service import flushed, report_counters
 
 log = get("scheduler")
 
@@ -89,7 +88,7 @@ class Scheduler:
             await stopping
             for task in (replaying, *background):
                 task.cancel()
-        await self._bus.flush()
+        await flushed(self._bus)
 
     # ---- what comes in
 
@@ -139,7 +138,7 @@ class Scheduler:
 
     async def _answer(self, delivery: Delivery) -> None:
         request = decode(delivery.data, RequestWork)
-        _check_sender(delivery, request.device)
+        check_sender(delivery.subject, subjects.work(request.device))
         now = self._clock.now()
         self.counters.add("work_declined", bool(request.declined))
         self.state.evolve(request, now)
@@ -160,7 +159,7 @@ class Scheduler:
 
     async def _reported(self, delivery: Delivery) -> None:
         report = decode(delivery.data, DeviceReport)
-        _check_sender(delivery, report.device)
+        check_sender(delivery.subject, subjects.report(report.device))
         now = self._clock.now()
         self.state.evolve(report, now)
         if job := self.state.wanted_by(report.device, now):
@@ -205,9 +204,3 @@ class Scheduler:
     async def _reply(self, delivery: Delivery, answer: Message) -> None:
         if delivery.reply:
             await self._bus.publish(delivery.reply, encode(answer))
-
-
-def _check_sender(delivery: Delivery, device: str) -> None:
-    """Raises: MalformedMessage: the message names another device than its subject."""
-    if subjects.last_token(delivery.subject) != device:
-        raise MalformedMessage(f"a message of {device} was sent on {delivery.subject}")

@@ -258,3 +258,13 @@ class RoundReport(Message, frozen=True):
 
 
 DetailEvent = UpdatesFolded | RoundReport
+
+
+class WriterStarted(Message, frozen=True):
+    """A process writes the stream from here on; whoever wrote to it before is fenced off by this.
+
+    Says nothing of any job: readers of jobs skip it.
+    """
+
+    writer: Annotated[str, Meta(max_length=64)]
+    """Names this life of the process."""

@@ -232,3 +232,40 @@ async def test_a_process_without_the_right_to_make_streams_waits_for_them(hub: H
         writer = await LogWriter.open(server, LOG_STREAM)
         await writer.append("a", an_event("a", 5))
     assert seen.result() == [5]
+
+
+async def test_who_claims_a_stream_fences_off_whoever_wrote_before(hub: Hub, bus: Link) -> None:
+    """And no reader of events takes a claim for one, nor for something unknown."""
+    older = await LogWriter.open(bus, LOG_STREAM)
+    await older.append("a", an_event("a", 1))
+    declined = log.declined[LOG_STREAM]
+    reader = await hub.connect("reader")
+    async with aclosing(follow_all(reader, reader)) as events:
+        assert await rounds(events, 1) == [1]
+        newer = await LogWriter.open(bus, LOG_STREAM)
+        await newer.claim()
+        await newer.check()
+        with pytest.raises(Fenced, match="another aggregator"):
+            await older.check()
+        with pytest.raises(Fenced, match="another aggregator"):
+            await older.append("a", an_event("a", 2))
+        await newer.append("a", an_event("a", 3))
+        assert await rounds(events, 1) == [3]
+    async with aclosing(follow(reader, reader, "a")) as events:
+        assert await rounds(events, 2) == [1, 3]
+    stored = [sequence async for sequence, _ in log.read(bus, LOG_STREAM, subjects.ALL_LOGS)]
+    assert stored == [1, 3]
+    assert log.declined[LOG_STREAM] == declined
+
+
+async def test_a_claim_whose_answer_was_lost_is_not_doubled(memory_hub: MemoryHub) -> None:
+    bus = await memory_hub.connect("aggregator")
+    await ensure_streams(bus)
+    fates: list[Literal["stored", "lost", "unanswered"]] = ["lost", "unanswered"]
+    memory_hub.broker.append_fate = lambda _subject, _data: fates.pop(0) if fates else "stored"
+    writer = await LogWriter.open(bus, LOG_STREAM)
+    other = await LogWriter.open(bus, LOG_STREAM)
+    await writer.claim()
+    assert writer.last == 1
+    await other.claim()  # it began behind, and is the newest all the same
+    assert other.last == await bus.last_sequence(LOG_STREAM) == 2

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from services.aggregator.config import Settings
 from services.aggregator.service import Aggregator
 from shared import subjects
-from shared.bus import Link
+from shared.bus import Link, Stored
 from shared.clock import SystemClock
 from shared.codec import decode, encode
 from shared.errors import Fenced
@@ -63,6 +63,11 @@ class Served:
         )
         await wait_until(lambda: len(self.settled) > before)
         return self.settled[-1]
+
+
+def _stored(update: SubmitUpdate) -> Stored:
+    subject = subjects.update(update.key.job, update.key.device)
+    return Stored(1, subject, encode(update), {})
 
 
 @asynccontextmanager
@@ -157,6 +162,52 @@ async def test_a_second_aggregator_fences_the_first_off() -> None:
     assert isinstance(await second.answer(a_job("theirs")), JobAccepted)
     with pytest.raises(Fenced, match="another aggregator writes to stream LOG"):
         await first.answer(a_job("ours"))
+
+
+async def test_the_newest_aggregator_has_both_streams_before_it_reads_either() -> None:
+    """Else one goes on in LOG and another in DETAIL, and a close misses what was settled."""
+    broker = MemoryBroker()
+    one, two = broker.connect("one"), broker.connect("two")
+    await ensure_streams(one)
+    first = Aggregator(one, one, Settings(), SystemClock())
+    await first.replay()
+    await first.answer(a_job(enough_devices=9))
+    opened = first.jobs["demo"].open
+    assert opened is not None
+    second = Aggregator(two, two, Settings(), SystemClock())
+    await second.replay()
+    with pytest.raises(Fenced, match="stream DETAIL"):
+        await first.fold([_stored(a_probe(opened, "a"))])
+    with pytest.raises(Fenced, match="stream LOG"):
+        await first.answer(StopJob(job="demo"))
+    await second.fold([_stored(a_probe(opened, "a"))])
+    assert second.jobs["demo"].progress.updates == 1
+
+
+async def test_who_is_fenced_off_has_no_last_word_on_an_update() -> None:
+    """It does not know the job or the round, and an update that is rejected is gone."""
+    broker = MemoryBroker()
+    one, two = broker.connect("one"), broker.connect("two")
+    await ensure_streams(one)
+    first = Aggregator(one, one, Settings(), SystemClock())
+    await first.replay()
+    second = Aggregator(two, two, Settings(), SystemClock())
+    await second.replay()
+    await second.answer(a_job(enough_devices=9))
+    opened = second.jobs["demo"].open
+    assert opened is not None
+    async with one.subscribe(subjects.ALL_SETTLED) as words:
+        with pytest.raises(Fenced):
+            await first.fold([_stored(a_probe(opened, "a"))])
+        await second.fold([_stored(a_probe(opened, "a"))])
+        word = decode((await anext(words)).data, UpdateSettled)
+    assert word.outcome == "folded"
+
+
+async def test_a_stop_without_a_broker_is_no_failure() -> None:
+    broker = MemoryBroker(timeout_s=0.01)
+    async with serving(broker):
+        broker.partition("aggregator")
 
 
 async def test_a_kill_between_the_two_events_that_open_a_job_harms_no_restart() -> None:

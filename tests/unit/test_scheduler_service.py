@@ -177,7 +177,7 @@ async def test_a_request_that_cannot_be_used_is_answered_with_what_is_wrong_and_
         wrong = await field.request("d0", data=encode(ListDevices()))
         reasons = [each.reason for each in (broken, forged, wrong) if isinstance(each, ComeBack)]
         assert "not a message" in reasons[0]
-        assert "a message of d1 was sent on" in reasons[1]
+        assert "belongs on seedwire.v1.work.d1 was sent on" in reasons[1]
         assert "ListDevices" in reasons[2]
         assert scheduler.counters.get("messages_malformed") == 3
         assert "d1" not in scheduler.state.devices

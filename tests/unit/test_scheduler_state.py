@@ -517,3 +517,22 @@ def test_replaying_the_log_gives_the_same_arms() -> None:
     arms = [[fleet.state.jobs["demo"].bandit.arm(n) for n in ("a", "d0")] for fleet in (one, two)]
     assert arms[0] == arms[1]
     assert selections[0] == selections[1]
+
+
+def test_a_request_that_comes_twice_is_answered_with_two_keys_and_one_is_not_waited_for() -> None:
+    fleet = a_fleet(size=2, probe_s=0.1, opened=a_round(devices=2, probes=8))
+    first, second = fleet.works("d0"), fleet.works("d0")  # the link doubled what it carried
+    assert first.key != second.key
+    fleet.works("d1")
+    more = fleet.works("d0", last=first.key)  # it does the first, and asks again
+    assert more.key.part == 2, "what the second held is dealt again, under a new number"
+
+
+def test_the_last_report_to_arrive_counts_and_the_next_one_sets_an_old_one_right() -> None:
+    fleet = a_fleet(1)
+    fleet.evolve(a_report("d0"), a_report("d0"))
+    assert isinstance(fleet.ask("d0"), WorkAssigned)
+    fleet.evolve(replace(a_report("d0"), rows=0, heldout_rows=0))  # it was overtaken by newer ones
+    assert "no rows" in fleet.waits("d0").reason
+    fleet.evolve(a_report("d0"))
+    assert isinstance(fleet.ask("d0"), WorkAssigned)

@@ -1,6 +1,8 @@
 """The spool: durable, mended at the next start, and never fatal."""
 
 import json
+import os
+import random
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from edge_client.spool import Spool, SpoolFull
 from shared.codec import decode, encode
 from shared.messages import EvaluateResult, ProbeResult, SubmitUpdate, UpdateKey
+from tests.chaos.disks import Platters, SimulatedDisk
 
 ROOM = 1 << 20
 
@@ -133,3 +136,111 @@ def test_a_disk_that_refuses_leaves_nothing_behind(
     assert ledger(tmp_path) == []
     assert spool.put(an_update()) == []
     assert spool.keys == [an_update().key.text()]
+
+
+def test_the_oldest_is_the_first_spooled_whatever_the_clock_said(tmp_path: Path) -> None:
+    spool = Spool(tmp_path, max_bytes=ROOM)
+    for part, hour in enumerate((9, 5, 7)):  # the device's clock was set back and forth
+        spool.put(an_update(part))
+        path = tmp_path / f"job-1.0.3.dev_a.{part}.update"
+        os.utime(path, (3600 * hour, 3600 * hour))
+    assert Spool(tmp_path, max_bytes=ROOM).keys == [f"job-1.0.3.dev_a.{part}" for part in range(3)]
+
+
+class PowerCut(BaseException):
+    """Nothing runs after this."""
+
+
+class Session:
+    """What a device does between two power cuts, and how far it came."""
+
+    def __init__(self, platters: Platters, last_step: int) -> None:
+        self.kept: list[str] = []
+        self.let_go: list[str] = []
+        self._left = last_step
+        self._disk = SimulatedDisk(platters, self._step)
+
+    def run(self) -> bool:
+        """Whether it came to its end."""
+        try:
+            spool = Spool(Path("spool"), max_bytes=2 * len(encode(an_update())), disk=self._disk)
+            for part in range(4):
+                dropped = spool.put(an_update(part))
+                self.kept.append(an_update(part).key.text())
+                self.let_go += dropped
+                if part == 1:
+                    spool.settle(self.kept[1], "too_late")
+                    self.let_go.append(self.kept[1])
+        except PowerCut:
+            return False
+        return True
+
+    def _step(self, what: str) -> None:
+        self._left -= 1
+        if self._left < 0:
+            raise PowerCut
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_power_cut_at_any_step_loses_nothing_and_the_ledger_knows_all(seed: int) -> None:
+    for last_step in range(200):
+        platters = Platters(random.Random(seed))
+        session = Session(platters, last_step)
+        finished = session.run()
+        platters.power_cut()
+        again = Spool(Path("spool"), max_bytes=ROOM, disk=SimulatedDisk(platters, lambda _: None))
+        assert again.bad == []
+        data = platters.names["ledger.jsonl"].data
+        lines = [json.loads(line) for line in data.splitlines()]
+        spooled = {line["key"] for line in lines if line["what"] == "spooled"}
+        done = {line["key"] for line in lines if line["what"] != "spooled"}
+        held = set(again.keys)
+        assert set(session.kept) <= spooled
+        assert spooled == held | done
+        assert not held & done
+        assert set(session.let_go) <= done
+        if finished:
+            return
+    pytest.fail("the session never came to its end")
+
+
+def test_a_ledger_with_a_bound_keeps_what_is_held_and_the_number_of_the_last_part(
+    tmp_path: Path,
+) -> None:
+    spool = Spool(tmp_path, max_bytes=ROOM, max_ledger_bytes=500)
+    for part in range(40):
+        spool.put(an_update(part))
+        if part != 7:
+            spool.settle(an_update(part).key.text(), "folded")
+        assert spool.ledger.size_bytes == (tmp_path / "ledger.jsonl").stat().st_size < 900
+    assert ("job-1.0.3.dev_a.7", "spooled") in facts(tmp_path)
+    assert len(facts(tmp_path)) < 10
+    spool.settle("job-1.0.3.dev_a.7", "late")
+    again = Spool(tmp_path, max_bytes=ROOM, max_ledger_bytes=500)
+    assert again.keys == []
+    assert again.ledger.last_spooled == "job-1.0.3.dev_a.39"
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_word_that_the_ledger_has_no_room_for_is_written_when_there_is_some(
+    killed: bool,
+) -> None:
+    platters = Platters(random.Random(1))
+    disk = SimulatedDisk(platters, lambda _: None)
+    spool = Spool(Path("spool"), max_bytes=ROOM, disk=disk)
+    for part in range(2):
+        spool.put(an_update(part))
+    platters.full = True
+    with pytest.raises(OSError, match="No space"):
+        spool.settle("job-1.0.3.dev_a.0", "too_late")
+    assert spool.keys == ["job-1.0.3.dev_a.1"]
+    assert platters.names["job-1.0.3.dev_a.0.too_late.settled"].data == b"", "its room is free"
+    platters.full = False
+    if killed:
+        platters.power_cut()
+        spool = Spool(Path("spool"), max_bytes=ROOM, disk=disk)
+    spool.settle("job-1.0.3.dev_a.1", "folded")
+    assert sorted(platters.names) == ["ledger.jsonl"]
+    lines = [json.loads(line) for line in platters.names["ledger.jsonl"].data.splitlines()]
+    told = {line["key"][-1]: line["outcome"] for line in lines if line["what"] == "settled"}
+    assert told == {"0": "too_late", "1": "folded"}

@@ -1,0 +1,119 @@
+"""What the verifiers must find: each mutation breaks one promise of the code under test."""
+
+# A mutation is made from inside.
+# pyright: reportPrivateUsage=false
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from edge_client.ledger import Ledger
+from edge_client.outbox import Outbox
+from edge_client.spool import Spool
+from services.aggregator.folding import Folding
+from services.aggregator.pooling import Batch
+from services.aggregator.service import Aggregator
+from services.aggregator.state import JobState
+from shared.log import LogWriter
+from shared.messages import ProbeResult
+
+Patch = Callable[[pytest.MonkeyPatch], None]
+
+
+def forgets_keys(patch: pytest.MonkeyPatch) -> None:
+    evolve = JobState._evolve_folded
+
+    def forgetful(self: JobState, event: Any, sequence: int) -> None:
+        evolve(self, event, sequence)
+        for record in self.rounds.values():
+            record.seen.clear()
+
+    patch.setattr(JobState, "_evolve_folded", forgetful)
+
+
+def folds_twice(patch: pytest.MonkeyPatch) -> None:
+    add = Batch.add
+
+    def twice(self: Batch, result: ProbeResult, half: int) -> None:
+        add(self, result, half)
+        add(self, result, half)
+
+    patch.setattr(Batch, "add", twice)
+
+
+def skips_a_late_term(patch: pytest.MonkeyPatch) -> None:
+    commit = JobState._commit
+
+    def skipping(self: JobState, opened: Any, closing: Any) -> Any:
+        self.progress.late = self.progress.late[1:]
+        return commit(self, opened, closing)
+
+    patch.setattr(JobState, "_commit", skipping)
+
+
+def forgets_its_latecomers_weight(patch: pytest.MonkeyPatch) -> None:
+    take = Folding.take
+
+    def forgetful(self: Folding, update: Any) -> Any:
+        for record in self._rounds.values():
+            record.late_weight = 0
+        return take(self, update)
+
+    patch.setattr(Folding, "take", forgetful)
+
+
+def loses_a_spool_file(patch: pytest.MonkeyPatch) -> None:
+    take_up = Spool._take_up
+
+    def careless(self: Spool) -> None:
+        take_up(self)
+        for key in self.keys[:1]:
+            self._remove(key)
+
+    patch.setattr(Spool, "_take_up", careless)
+
+
+def sends_before_it_is_on_disk(patch: pytest.MonkeyPatch) -> None:
+    def hasty(self: Spool, key: str, data: bytes) -> None:
+        self._disk.write(key + ".update", data)
+
+    patch.setattr(Spool, "_write", hasty)
+
+
+def removes_before_its_line_is_on_disk(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Ledger, "sync", lambda self: None)  # type: ignore[misc]
+
+
+def settles_before_it_is_logged(patch: pytest.MonkeyPatch) -> None:
+    async def hasty(self: Aggregator, name: str, updates: Any) -> None:
+        job = self.jobs[name]
+        async with self._turn:
+            event, outcomes = job.decide_updates(updates)
+            await self._settle(updates, outcomes)
+            if event is not None:
+                await self._detail_commit(job, event)
+            await self._go_on(job)
+
+    patch.setattr(Aggregator, "_fold_job", hasty)
+
+
+def waits_for_ever(patch: pytest.MonkeyPatch) -> None:
+    async def patient(self: Aggregator, job: JobState, opened: Any) -> None:
+        """Nothing is ever overdue."""
+
+    patch.setattr(Aggregator, "_overdue", patient)
+
+
+def never_sends_again(patch: pytest.MonkeyPatch) -> None:
+    async def idle(self: Outbox) -> None:
+        """What was sent once was sent."""
+
+    patch.setattr(Outbox, "resending", idle)
+
+
+def claims_nothing(patch: pytest.MonkeyPatch) -> None:
+    async def unclaimed(self: LogWriter) -> None:
+        """As if the expected sequence alone fenced two streams off together."""
+
+    patch.setattr(LogWriter, "claim", unclaimed)
