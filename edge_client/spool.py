@@ -141,6 +141,8 @@ class Spool:
 
     def _mark(self, key: str, outcome: str) -> None:
         """An empty file says by its name what the ledger has no room for."""
+        with contextlib.suppress(OSError):
+            self.ledger.sync()  # its spooled line could not be made again from an empty file
         name = f"{key}.{outcome}{SETTLED}"
         self._disk.rename(key + SUFFIX, name)
         self._held.pop(key)

@@ -1,5 +1,6 @@
 """An adapter on its way out: its numbers, its base model, and what is known of both."""
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,7 +15,8 @@ from shared.engine.gguf_file import Header
 from shared.engine.model import Adaptation
 from shared.messages import JobSpec, Variant
 
-_HUB = "https://huggingface.co/"
+_ON_A_HUB = re.compile(r"https://huggingface\.\w+/([\w.-]+/[\w.-]+)/?$")
+"""An address of a model on a hub: its owner and its name."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,8 @@ class Base:
     @property
     def hub_name(self) -> str:
         """What loads it on a hub; empty where neither the operator nor the file says that."""
-        source = self.source
-        return self.given_name or (source.removeprefix(_HUB) if source.startswith(_HUB) else "")
+        found = _ON_A_HUB.match(self.source)
+        return self.given_name or (found[1] if found else "")
 
     @property
     def source(self) -> str:
