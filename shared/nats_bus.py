@@ -16,7 +16,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
-from shared.bus import Delivery, Traffic
+from shared.bus import INBOX, Delivery, Traffic
 from shared.clock import backoff_s
 from shared.credentials import (
     CONNECT_TIMEOUT_S,
@@ -27,7 +27,7 @@ from shared.credentials import (
 )
 from shared.errors import ConfigError, TransientError
 from shared.jetstream import JetStream
-from shared.jetstream_api import NoResponders
+from shared.jetstream_api import NoAnswer, NoResponders
 from shared.logs import get
 from shared.mailbox import Mailbox
 
@@ -135,6 +135,7 @@ class NatsBus(JetStream):
         self._earlier = Traffic()
         """Of the clients that are gone."""
         self._closed = False
+        self._closing = False
         self._supervisor: asyncio.Task[None] | None = None
         self._subscribed: list[_Subscribed] = []
         self._outgoing: deque[tuple[str, bytes, Mapping[str, str] | None]] = deque()
@@ -182,7 +183,7 @@ class NatsBus(JetStream):
     async def _connected_client(self) -> Client:
         """A new client that is connected and has every subscription; tried for ever."""
         attempt = 0
-        while True:
+        while not self._closing:
             client = _Client(needs_tls=self._needs_tls)
             try:
                 async with asyncio.timeout(CONNECT_TIMEOUT_S * 4):
@@ -210,6 +211,7 @@ class NatsBus(JetStream):
             report("broker_unreachable", bus=self._name, servers=self._shown, why=why)
             await asyncio.sleep(backoff_s(attempt, first_s=0.05, cap_s=4.0))
             attempt += 1
+        raise asyncio.CancelledError
 
     def _tell_in_vain(self, event: str, why: str) -> None:
         now = asyncio.get_running_loop().time()
@@ -330,8 +332,10 @@ class NatsBus(JetStream):
         supervisor, self._supervisor = self._supervisor, None
         if supervisor is None:
             return
-        supervisor.cancel()
-        await asyncio.wait([supervisor])
+        self._closing = True
+        while not supervisor.done():  # nats-py swallows a cancellation now and then
+            supervisor.cancel()
+            await asyncio.wait([supervisor], timeout=CONNECT_TIMEOUT_S + 1)
         if not supervisor.cancelled():
             supervisor.result()
 
@@ -362,7 +366,7 @@ class NatsBus(JetStream):
             if client is None:
                 raise TransientError(LOST) from error
             self._attention.set()
-            raise TransientError(f"no answer on {subject} within {timeout_s:g} s") from error
+            raise NoAnswer(f"no answer on {subject} within {timeout_s:g} s") from error
         if answer is None:
             raise TransientError(f"the connection was lost before an answer on {subject}")
         if answer.headers.get("Status") == "503" and not answer.data:
@@ -412,14 +416,20 @@ class NatsBus(JetStream):
             return
         subscribed.client = client
         active = await client.subscribe(
-            subscribed.subject, queue=subscribed.queue, cb=self._into(subscribed.mailbox)
+            subscribed.subject,
+            queue=subscribed.queue,
+            cb=self._into(subscribed.mailbox, answered=INBOX),
         )
         subscribed.active = active
         if subscribed not in self._subscribed:
             await active.unsubscribe()
 
-    def _into(self, mailbox: Mailbox) -> Callable[[Msg], Awaitable[None]]:
+    def _into(self, mailbox: Mailbox, answered: str = "") -> Callable[[Msg], Awaitable[None]]:
+        """Puts what comes into `mailbox`; only where `answered` begins is an answer sent."""
+
         async def deliver(message: Msg) -> None:
+            if not message.reply.startswith(answered):
+                message.reply = ""
             if not mailbox.put(_delivery(message)):
                 self._dropped += 1
 
