@@ -41,6 +41,9 @@ fmt: setup             ## format and mend what can be mended
 bench: setup           ## figures as JSON lines: NAME=wire, edge, close, fold, serve or install
 	@$(BIN)/python -m tests.bench $(NAME)
 
+chaos: setup           ## seeded schedules of failures; a printed seed repeats one
+	@$(BIN)/python -m tests.chaos
+
 image:                 ## build every image (X86_LEVEL=v3: for AVX2)
 	for one in $(IMAGES); do docker build --file deploy/docker/Dockerfile --target $$one \
 	  --build-arg X86_LEVEL=$(X86_LEVEL) --tag seedwire/$$one . || exit 1; done
@@ -55,4 +58,4 @@ contract: setup        ## write deploy/contract/asyncapi.json anew
 clean:                 ## forget the virtual environment and everything built
 	rm -rf .venv build dist
 
-.PHONY: help setup demo test test-unit check fmt bench image lint-deploy contract clean
+.PHONY: help setup demo test test-unit check fmt bench chaos image lint-deploy contract clean
