@@ -27,6 +27,9 @@ from shared.service import main
 SHUTDOWN_S = 1.0
 """After the drain: how long what is left may take to be cancelled."""
 
+CLOSING_S = 4.0
+"""Beyond this the port is left to the end of the process."""
+
 
 async def serve(settings: Settings, stop: Stop) -> None:
     shelf = Shelf(settings.state_dir)
@@ -83,7 +86,11 @@ async def serving(proxy: Proxy) -> AsyncGenerator[int]:
         logs.get(NAME).info("listening", host=settings.host, port=listening)
         yield listening
     finally:
-        await runner.cleanup()
+        try:
+            async with asyncio.timeout(CLOSING_S):
+                await runner.cleanup()
+        except TimeoutError:
+            logs.get(NAME).error("port_not_closed_in_time", seconds=CLOSING_S)
 
 
 async def _alive(worker: Worker) -> None:

@@ -66,6 +66,7 @@ class Proxy:
         until = loop.time() + limit_s
         while self.metrics.in_flight and loop.time() < until:  # noqa: ASYNC110 - once, at the end
             await asyncio.sleep(0.02)
+        log.info("drained", left=self.metrics.in_flight)
 
     async def held(self, model: str | None) -> Held:
         """The generation that `model` names; without a name, the one that serves.

@@ -119,7 +119,7 @@ def _read(path: Path, kind: type[Kind]) -> Kind | None:
         return msgspec.msgpack.decode(path.read_bytes(), type=kind)
     except FileNotFoundError:
         return None
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         log.warning("file_unreadable", path=str(path), error=str(error))
         return None
 

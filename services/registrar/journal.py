@@ -51,7 +51,7 @@ class Journal:
                 return
             try:
                 yield msgspec.json.decode(line, type=Fact)
-            except msgspec.MsgspecError as error:
+            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
                 raise ConfigError(
                     f"{self._path}, line {number}: {error}; put back a copy of the file"
                 ) from error

@@ -35,7 +35,7 @@ def read(data: bytes) -> tuple[Client, Claims | None]:
     """
     try:
         client = msgspec.json.decode(data, type=Event).client
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise MalformedMessage(f"not an event of nats-server: {error}") from error
     try:
         return client, decode_unverified(client.jwt) if client.jwt else None

@@ -302,7 +302,7 @@ class _Answer(msgspec.Struct, frozen=True):
 def _check(answer: bytes) -> None:
     try:
         said = msgspec.json.decode(answer, type=_Answer)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise TransientError(f"not an answer of nats-server: {error}") from error
     if said.error is not None or said.data is None or said.data.code != 200:
         outcome = said.error or said.data or _Outcome()

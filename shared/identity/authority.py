@@ -188,7 +188,7 @@ def registrar_keys(path: Path) -> RegistrarKeys:
     """
     try:
         return msgspec.json.decode(files.read(path), type=RegistrarKeys)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}; make it by `seedwire keys init`") from error
 
 

@@ -69,5 +69,5 @@ def parse(text: str) -> Ticket:
         raise damaged
     try:
         return msgspec.msgpack.decode(body, type=Ticket)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise ConfigError(f"a ticket of another version of Seedwire: {error}") from error

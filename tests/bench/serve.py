@@ -17,7 +17,6 @@ import tempfile
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from shared.engine.gguf_file import read_header
 from shared.messages import Block, Manifest
 from tests.bench.figure import Figure
 from tests.support import tiny_gguf
+from tests.support.near_ties import ALONE, Alone, alone, tokens
 from tests.support.publishing import Publisher, a_manifest
 from tests.support.serving import Proxy, a_proxy
 
@@ -43,26 +43,6 @@ TURNS = 5
 WORDS = ("the", "a", "cat", "dog", "house", "story", "girl", "went", "to", "found", "and", "day")
 SWAP_REQUESTS = 1000
 SWAPS = 4
-TIE_NATS = 0.03
-"""Two tokens as near as this may change places with the layout of a batch. Measured on llama-3m
-with such an adapter, alone against eight together: the lead changes by at most 0.009 nat in F16,
-but by 0.18 in Q8_0, whose kernels round activations to 8 bits; so swaps are judged in F16."""
-
-
-@dataclass(frozen=True)
-class Alone:
-    """What one version says to one prompt when nothing else runs."""
-
-    tokens: list[str]
-    leads: list[float]
-    """By how much each token led the next, in nats."""
-
-    def explains(self, tokens: list[str]) -> bool:
-        """Whether `tokens` are this answer, up to a near tie at the first that differs."""
-        for lead, mine, theirs in zip(self.leads, self.tokens, tokens, strict=True):
-            if mine != theirs:
-                return lead < TIE_NATS
-        return True
 
 
 async def figures() -> list[Figure]:
@@ -180,7 +160,7 @@ async def _swaps(folder: Path, model: Path) -> list[Figure]:
             for round in range(1, SWAPS + 2):
                 await publisher.publish("bench", round, _values(manifest, round))
                 await proxy.serves(f"bench@{round}")
-            alone = await _alone(proxy)
+            measures = await _alone(proxy)
 
             async def swap(number: int) -> None:
                 """The same numbers again, as a version of a later round."""
@@ -191,9 +171,9 @@ async def _swaps(folder: Path, model: Path) -> list[Figure]:
             await proxy.serves(f"bench@{SWAPS + 2}")
             told = await _asked(proxy, swap)
         await link.close()
-    mixed = [row for row in told if not alone[row[:2]].explains(row[2])]
-    exact = [row for row in told if alone[row[:2]].tokens == row[2]]
-    wrong = [row for row in told if not alone[row[0] % (SWAPS + 1) + 1, row[1]].explains(row[2])]
+    mixed = [row for row in told if not measures[row[:2]].explains(row[2])]
+    exact = [row for row in told if measures[row[:2]].tokens == row[2]]
+    wrong = [row for row in told if not measures[row[0] % (SWAPS + 1) + 1, row[1]].explains(row[2])]
     of_all = f"of {SWAP_REQUESTS} requests"
     return [
         Figure("serve.swap_dropped", SWAP_REQUESTS - len(told), of_all, target=0),
@@ -228,20 +208,15 @@ def _body(prompt: str) -> dict[str, object]:
 
 async def _alone(proxy: Proxy) -> dict[tuple[int, int], Alone]:
     """What each version says to each prompt, one question at a time."""
-    alone: dict[tuple[int, int], Alone] = {}
+    found: dict[tuple[int, int], Alone] = {}
     for version in range(1, SWAPS + 2):
         for number, prompt in enumerate(PROMPTS):
             status, answer = await proxy.post(
-                "/v1/completions", _body(prompt) | {"model": f"bench@{version}", "logprobs": 3}
+                "/v1/completions", _body(prompt) | {"model": f"bench@{version}", "logprobs": ALONE}
             )
             assert status == 200, answer
-            told = answer["choices"][0]["logprobs"]
-            leads = [
-                own - max(value for value in top.values() if value < own)  # above it: the end token
-                for own, top in zip(told["token_logprobs"], told["top_logprobs"], strict=True)
-            ]
-            alone[version, number] = Alone(told["tokens"], leads)
-    return alone
+            found[version, number] = alone(answer["choices"][0])
+    return found
 
 
 async def _asked(
@@ -259,7 +234,7 @@ async def _asked(
             if status == 200:
                 version = answer["system_fingerprint"].partition("-")[0]
                 number = int(version.partition("@")[2]) - SWAPS - 1
-                told.append((number, prompt, answer["choices"][0]["logprobs"]["tokens"]))
+                told.append((number, prompt, tokens(answer["choices"][0])))
 
     async with asyncio.TaskGroup() as tasks:
         for _ in range(CLIENTS):

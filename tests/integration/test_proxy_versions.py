@@ -20,6 +20,7 @@ from shared.engine.model import Adaptation, Example
 from shared.messages import Block, Manifest, Task
 from tests.support import tiny_gguf
 from tests.support.broker import BrokerProcess
+from tests.support.near_ties import ALONE, Alone, alone, tokens
 from tests.support.publishing import Publisher, a_manifest
 from tests.support.serving import Proxy, a_proxy
 
@@ -180,17 +181,17 @@ async def test_swaps_under_load_drop_and_mix_nothing(fleet: Fleet, tmp_path: Pat
     await fleet.publisher.open("job", manifest)
     await fleet.publisher.publish("job", 1, values_for(manifest, 1))
     prompts = [f"number {number} of the inner" for number in range(12)]
-    alone: dict[tuple[str, str], Any] = {}
+    measures: dict[tuple[str, str], Alone] = {}
     length: dict[str, object] = {"max_tokens": 16, "logit_bias": {"0": -100}}
-    told: list[tuple[str, str, str]] = []
+    told: list[tuple[str, str, list[str]]] = []
     done = asyncio.Event()
 
     async def ask(proxy: Proxy) -> None:
         number = 0
         while not done.is_set():
             prompt = prompts[number % len(prompts)]
-            answer = await proxy.complete(prompt, **length)
-            told.append((answer["model"], prompt, answer["choices"][0]["text"]))
+            answer = await proxy.complete(prompt, logprobs=0, **length)
+            told.append((answer["model"], prompt, tokens(answer["choices"][0])))
             number += 1
 
     async with fleet.proxy(tmp_path / "proxy", "--model", str(fleet.model)) as proxy:
@@ -207,26 +208,14 @@ async def test_swaps_under_load_drop_and_mix_nothing(fleet: Fleet, tmp_path: Pat
         await proxy.until("seedwire_proxy_versions_loaded", 1, 1)
         for version in ("job@1", "job@2", "job@3", "job@4"):
             for prompt in prompts:
-                answer = await proxy.complete(prompt, model=version, logprobs=3, **length)
-                alone[version, prompt] = answer["choices"][0]
-    assert {version for version, _, _ in told} == {version for version, _ in alone}
-    for prompt in prompts:
-        assert len({alone[version, prompt]["text"] for version, _ in alone}) == 4
-    # A near tie may fall either way with the layout of a batch; where there is none, there is one
-    # answer.
-    clear = {key for key, choice in alone.items() if margin(choice) > 0.02}
-    judged = [row for row in told if row[:2] in clear]
-    assert len(judged) > len(told) / 2
-    assert [row for row in judged if alone[row[:2]]["text"] != row[2]] == []
-
-
-def margin(choice: Any) -> float:
-    """By how much the likeliest token led the next, in nats, where it led by least."""
-    told = choice["logprobs"]
-    return min(
-        own - max(value for value in top.values() if value < own)  # above it: what was biased away
-        for own, top in zip(told["token_logprobs"], told["top_logprobs"], strict=True)
-    )
+                answer = await proxy.complete(prompt, model=version, logprobs=ALONE, **length)
+                measures[version, prompt] = alone(answer["choices"][0])
+    versions = {version for version, _ in measures}
+    assert {version for version, _, _ in told} == versions
+    assert [row for row in told if not measures[row[:2]].explains(row[2])] == []
+    for version, prompt, said in told:  # and it would be seen if one were another's
+        others = [measures[other, prompt] for other in versions - {version}]
+        assert not any(other.tokens == said for other in others)
 
 
 async def test_an_operator_rolls_back_and_follows_again(fleet: Fleet, tmp_path: Path) -> None:
