@@ -216,9 +216,15 @@ class Following:
         snapshot, position = tail.snapshot, self.position
         if snapshot is None or position is None or snapshot.epoch != position.epoch:
             return None
+        rounds = snapshot.round - position.round
+        read = sum(
+            isinstance(entry.event, RoundClosed)
+            and position.round < entry.event.round <= snapshot.round
+            for entry in tail.entries
+        )
         faster = snapshot_is_faster(
-            rounds=snapshot.round - position.round,
-            round_bytes=tail.close_bytes,
+            rounds=rounds,
+            round_bytes=tail.close_bytes * (1 - read / max(1, rounds)),  # what is here is free
             apply_s=self._replica.apply_s,
             snapshot_bytes=snapshot.snapshot.size_bytes,
             bytes_per_s=self._device.link.bytes_per_s,

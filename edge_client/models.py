@@ -47,7 +47,7 @@ class Models:
         self._cache: dict[str, Hashed] = {}
         self._hashing = asyncio.Lock()
         self._downloading = asyncio.Lock()
-        with contextlib.suppress(OSError, msgspec.MsgspecError):
+        with contextlib.suppress(OSError, msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
             data = self._cache_path.read_bytes()
             self._cache = msgspec.json.decode(data, type=dict[str, Hashed])
 

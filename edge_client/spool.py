@@ -57,6 +57,8 @@ class Spool:
         self._max_ledger_bytes = self._trim_at = max_ledger_bytes
         self._held: dict[str, Held] = {}
         self._marked: list[str] = []
+        self._unlisted: dict[str, None] = {}
+        """Held, but not in the ledger as spooled."""
         self.bad: list[str] = []
         """Files that were set aside."""
         self._disk = disk or Disk(directory)
@@ -95,6 +97,8 @@ class Spool:
             return []
         data = encode(update)
         try:
+            for older in list(self._unlisted):  # the newest is to be the ledger's last
+                self._list(older)
             self._write(key, data)
             try:
                 self.ledger.spooled(update)
@@ -106,7 +110,9 @@ class Spool:
                 f"spool full: free space at {self._directory} ({error.strerror})", delay_s=5.0
             ) from error
         self._held[key] = Held(key, update.key.job, len(data))
-        return self._make_room(key)
+        dropped = self._make_room(key)
+        self._trim()
+        return dropped
 
     def read(self, key: str) -> bytes | None:
         """The encoded update, as it is sent; None where it was settled meanwhile."""
@@ -125,8 +131,11 @@ class Spool:
         if key not in self._held:
             return False
         try:
+            self._list(key)
             self._told(key, outcome)
         except OSError:
+            if key in self._unlisted:
+                raise
             self._mark(key, outcome)  # makes the room that the line may need
         else:
             self._remove(key)
@@ -138,6 +147,12 @@ class Spool:
         """The ledger has the word, and no power cut takes the line and leaves the update gone."""
         self.ledger.settled(key, outcome)
         self.ledger.sync()
+
+    def _list(self, key: str) -> None:
+        """The ledger knows that `key` is in the spool; a kill may have come before it did."""
+        if key in self._unlisted:
+            self.ledger.spooled(decode(self._disk.read(key + SUFFIX), SubmitUpdate))
+            del self._unlisted[key]
 
     def _mark(self, key: str, outcome: str) -> None:
         """An empty file says by its name what the ledger has no room for."""
@@ -152,8 +167,8 @@ class Spool:
 
     @property
     def untold(self) -> bool:
-        """Whether the ledger lacks a word that it had no room for."""
-        return bool(self._marked)
+        """Whether the ledger lacks a line that it had no room for."""
+        return bool(self._marked or self._unlisted)
 
     def tell(self) -> None:
         """The ledger has what it had no room for before.
@@ -161,6 +176,8 @@ class Spool:
         Raises:
             OSError: there is still none.
         """
+        for key in list(self._unlisted):
+            self._list(key)
         while self._marked:
             key, _, outcome = self._marked[0].removesuffix(SETTLED).rpartition(".")
             self._told(key, outcome)
@@ -186,6 +203,7 @@ class Spool:
             if total <= self._max_bytes or key == newest:
                 break
             try:
+                self._list(key)
                 self.ledger.superseded(key)
                 self.ledger.sync()
             except OSError:
@@ -206,6 +224,7 @@ class Spool:
     def _remove(self, key: str) -> None:
         self._disk.remove(key + SUFFIX)
         self._held.pop(key)
+        self._unlisted.pop(key, None)
 
     def _take_up(self) -> None:
         found: dict[str, SubmitUpdate] = {}
@@ -233,6 +252,6 @@ class Spool:
             if "settled" in facts or "superseded" in facts:
                 self._remove(key)
             elif "spooled" not in facts:
-                self.ledger.spooled(found[key])
+                self._unlisted[key] = None
         with contextlib.suppress(OSError):
             self.tell()

@@ -13,6 +13,8 @@ from shared.messages import Speed, WorkAssigned
 
 RESEND_FIRST_S = 5.0
 RESEND_CAP_S = 300.0
+HURRIED = -2
+"""The attempt that comes first after a reconnect: 1.25 s before the next, then 2.5 s, then 5 s."""
 SPEED_SHARE = 0.3
 """What the newest measurement counts for in a speed."""
 SPEED_CHANGE = 0.3
@@ -75,8 +77,12 @@ class Resends:
         self._due.pop(key, None)
 
     def hurry(self, now: float) -> None:
-        """The link is back: everything is due at once."""
-        self._due = dict.fromkeys(self._due, (now, 0))
+        """The link is back: everything is due at once.
+
+        And sooner again than ever: a broker that was restarted has no stream for updates until the
+        aggregator has found it too.
+        """
+        self._due = dict.fromkeys(self._due, (now, HURRIED))
 
     def due(self, now: float) -> list[str]:
         """What should be sent by `now`, oldest first."""

@@ -147,10 +147,10 @@ class Adapter:
         adapter = cls(manifest_bytes)
         try:
             snapshot = msgspec.msgpack.decode(data, type=Snapshot)
-        except msgspec.MsgspecError as error:
+            theta = np.frombuffer(snapshot.theta, "<i4")
+            velocity = np.frombuffer(snapshot.velocity, "<i8")
+        except (msgspec.MsgspecError, RecursionError, ValueError) as error:
             raise MalformedMessage(f"not a snapshot: {error}") from error
-        theta = np.frombuffer(snapshot.theta, "<i4")
-        velocity = np.frombuffer(snapshot.velocity, "<i8")
         wanted = 0 if adapter.velocity is None else adapter.layout.d
         if (
             snapshot.epoch != adapter.manifest.epoch

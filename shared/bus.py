@@ -11,11 +11,16 @@ from typing import Protocol
 SEQUENCE_HEADER = "Nats-Sequence"
 LAST_SEQUENCE_HEADER = "Nats-Last-Sequence"
 """On a republished message: its stream sequence, and its subject's one before (0: none)."""
+INBOX = "_INBOX"
+"""An answer goes nowhere else: who asks chooses where, and we may publish where it may not."""
 
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """One message as it arrived. `reply` is where an answer goes, empty if none is awaited."""
+    """One message as it arrived. `reply` is where an answer goes, empty if none is awaited.
+
+    A `reply` that is no inbox never gets here: it is emptied.
+    """
 
     subject: str
     data: bytes
@@ -162,8 +167,11 @@ class Streams(Protocol):
         """
         ...
 
-    async def last_sequence(self, stream: str) -> int:
-        """0 for an empty stream."""
+    async def last_sequence(self, stream: str, subject: str = "") -> int:
+        """The last sequence that whoever leads the stream has, of all or of one subject; 0: none.
+
+        Every other read may be answered by a replica that does not have it yet.
+        """
         ...
 
     async def get(self, stream: str, sequence: int) -> Stored | None:

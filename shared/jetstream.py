@@ -12,9 +12,12 @@ from contextlib import AbstractContextManager
 from shared.bus import Appended, Batch, Delivery, SequenceMismatch, Stored, StreamSpec
 from shared.errors import ConfigError, TransientError
 from shared.jetstream_api import (
+    NO_MESSAGE,
+    NO_PEERS,
     NO_STREAM,
     WRONG_LAST_SEQUENCE,
     Answer,
+    NoAnswer,
     NoResponders,
     absent,
     ack_sequence,
@@ -26,6 +29,7 @@ from shared.jetstream_api import (
     refused,
     stored_from,
     stream_config,
+    unanswered,
     unless_failed,
 )
 from shared.mailbox import Mailbox
@@ -34,6 +38,8 @@ API = "$JS.API"
 READ_MESSAGES = 256
 READ_BYTES = 256 * 1024
 READ_TRIES = 4
+PEERS_TRIES = 30
+"""Seconds that a cluster's servers are waited for."""
 
 
 class _Pull:
@@ -86,20 +92,41 @@ class JetStream(ABC):
             self._lost_with_the_broker[spec.name] = spec
         info = await self._call(f"STREAM.INFO.{spec.name}")
         if info.error is not None and info.error.err_code == NO_STREAM:
-            made = await self._call(f"STREAM.CREATE.{spec.name}", wanted)
+            made = await self._placed(f"STREAM.CREATE.{spec.name}", wanted)
             if made.error is not None:
                 raise refused(spec.name, "made", made.error)
             return
         if info.error is not None:
             raise failed(spec.name, info.error)
+        copies = info.config.get("num_replicas")
+        if isinstance(copies, int) and copies > spec.replicas:
+            wanted["num_replicas"] = copies  # an operator has raised it
         if all(info.config.get(key) == value for key, value in wanted.items()):
             return
-        updated = await self._call(f"STREAM.UPDATE.{spec.name}", {**info.config, **wanted})
+        changed = {**info.config, **wanted}
+        updated = await self._placed(f"STREAM.UPDATE.{spec.name}", changed)
         if updated.error is not None:
             raise refused(spec.name, "changed", updated.error)
 
-    async def last_sequence(self, stream: str) -> int:
+    async def _placed(self, name: str, config: Mapping[str, object]) -> Answer:
+        """The answer to a call that needs servers for a stream's copies: they may be starting."""
+        for _ in range(PEERS_TRIES):
+            answer = await self._call(name, config)
+            if answer.error is None or answer.error.err_code != NO_PEERS:
+                return answer
+            await asyncio.sleep(1)
+        return await self._call(name, config)
+
+    async def last_sequence(self, stream: str, subject: str = "") -> int:
+        if subject:
+            found = await self._call(f"STREAM.MSG.GET.{stream}", {"last_by_subj": subject})
+            if found.error is not None and found.error.err_code == NO_MESSAGE:
+                return 0
+            message = unless_failed(stream, found).message
+            return message.seq if message else 0
         info = unless_failed(stream, await self._call(f"STREAM.INFO.{stream}"))
+        if info.cluster is not None and info.cluster.replicas and not info.cluster.leader:
+            raise TransientError(f"stream {stream} has no leader: most of its servers must run")
         return info.state.last_seq if info.state else 0
 
     async def subjects(self, stream: str, pattern: str) -> set[str]:
@@ -134,6 +161,8 @@ class JetStream(ABC):
             if not await self._remade(stream):
                 raise absent(stream) from error
             reply = await self.ask(subject, data, timeout_s=self._timeout_s, headers=sent or None)
+        except NoAnswer as error:
+            raise unanswered(stream, error) from error
         answer = answer_from(reply)
         if answer.error is not None and answer.error.err_code in WRONG_LAST_SEQUENCE:
             text = answer.error.description

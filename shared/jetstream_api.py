@@ -5,17 +5,29 @@ from collections.abc import Mapping
 
 import msgspec
 
+from shared import subjects
 from shared.bus import Delivery, Stored, StreamSpec
 from shared.errors import ConfigError, TransientError
 
 WRONG_LAST_SEQUENCE = (10071, 10164)
 NO_STREAM = 10059
+NO_MESSAGE = 10037
 FULL = (10047, 10077, 10023)
 WRONG_STREAM = 10060
+NO_CLUSTER = 10074
+NO_PEERS = 10005
+
+
+MORE_ROOM = "raise max_file_store in nats-server's configuration, or remove what is not needed"
+ROOM = {subjects.UPDATES_STREAM: "see that the aggregator runs, which empties it"}
 
 
 class NoResponders(TransientError):
     """Nobody listens on the subject."""
+
+
+class NoAnswer(TransientError):
+    """Whoever listens did not answer in time."""
 
 
 class ApiError(msgspec.Struct):
@@ -29,12 +41,23 @@ class StreamState(msgspec.Struct):
     subjects: dict[str, int] | None = None
 
 
+class Found(msgspec.Struct):
+    seq: int = 0
+
+
+class ClusterState(msgspec.Struct):
+    leader: str = ""
+    replicas: list[dict[str, object]] | None = None
+
+
 class Answer(msgspec.Struct):
     """What any call of the API answers; a publish is answered alike."""
 
     error: ApiError | None = None
     config: dict[str, object] = {}
     state: StreamState | None = None
+    cluster: ClusterState | None = None
+    message: Found | None = None
     stream: str = ""
     seq: int = 0
     purged: int = 0
@@ -102,8 +125,8 @@ def answer_from(reply: Delivery) -> Answer:
 
 def absent(stream: str) -> NoResponders:
     return NoResponders(
-        f"the broker has no stream {stream}: start the aggregator (it makes the streams), and see "
-        "that nats-server runs with JetStream"
+        f"the broker has no stream {stream}, or none of its servers leads it: start the aggregator "
+        "(it makes the streams), see that nats-server runs with JetStream, and most of a cluster"
     )
 
 
@@ -118,8 +141,7 @@ def failed(stream: str, error: ApiError) -> TransientError | ConfigError:
         return absent(stream)
     if error.err_code in FULL:
         return TransientError(
-            f"stream {stream} is full ({error.description}): see that its reader runs, or give it "
-            "more room in nats-server's configuration",
+            f"stream {stream} is full ({error.description}): {ROOM.get(stream, MORE_ROOM)}",
             delay_s=5.0,
         )
     if error.err_code == WRONG_STREAM:
@@ -127,7 +149,21 @@ def failed(stream: str, error: ApiError) -> TransientError | ConfigError:
     return TransientError(f"stream {stream}: {error.description} (error {error.err_code})")
 
 
+def unanswered(stream: str, why: TransientError) -> NoAnswer:
+    """What nats-server leaves of an append that it could not write: silence, until a restart."""
+    return NoAnswer(
+        f"stream {stream} took nothing ({why}): if this goes on over a good link, see "
+        "nats-server's log; if its disk is full, make room there and restart it"
+    )
+
+
 def refused(stream: str, what: str, error: ApiError) -> ConfigError | TransientError:
+    if error.err_code in (NO_CLUSTER, NO_PEERS):
+        return ConfigError(
+            f"stream {stream} cannot be {what} with so many copies ({error.description}): give "
+            "nats-server a cluster with that many servers with JetStream, all of them up, or "
+            "lower stream_replicas"
+        )
     if error.code >= 500 and error.err_code in FULL:
         return ConfigError(
             f"stream {stream} cannot be {what}: {error.description}: raise max_memory_store or "

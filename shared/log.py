@@ -6,10 +6,11 @@ that drops, repeats and restarts. Knows nothing of what the events mean.
 
 import asyncio
 import random
+import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from shared import subjects
@@ -29,6 +30,7 @@ from shared.codec import decode, encode
 from shared.errors import Fenced, MalformedMessage, TransientError
 from shared.logs import get
 from shared.messages import DetailEvent, LogEvent, Message, WriterStarted
+from shared.metrics import Counters
 
 Event = LogEvent | DetailEvent
 Kind = TypeVar("Kind")
@@ -60,19 +62,25 @@ declined: Counter[str] = Counter()
 
 _SUBJECTS = {subjects.LOG_STREAM: subjects.log, subjects.DETAIL_STREAM: subjects.detail}
 _AGAIN_S = (0.01, 0.1, 0.5)
+_LAGS_S = (*_AGAIN_S, 2.0, 5.0, 10.0)
+"""For what is known to be stored: a server that was cut off needs seconds to catch up."""
+BEHIND_S = 60.0
+"""A server cut off from its cluster answers from before until it knows: for up to some 20 s."""
 
 _log = get("log")
 
 
-async def ensure_streams(streams: Streams) -> None:
+async def ensure_streams(streams: Streams, replicas: int = 1) -> None:
     """The four streams are there, as they should be; waits for the broker for as long as needed.
+
+    Each has `replicas` copies, or more where an operator gave it more.
 
     Raises:
         ConfigError: the broker refuses one; the text says what to change.
     """
-    for spec in STREAMS:
+    for wanted in [replace(spec, replicas=replicas) for spec in STREAMS]:
 
-        async def ensure(spec: StreamSpec = spec) -> None:
+        async def ensure(spec: StreamSpec = wanted) -> None:
             await streams.ensure_stream(spec)
 
         await patiently(ensure, "ensure_stream")
@@ -98,20 +106,29 @@ class LogWriter:
     fences this one off.
     """
 
-    def __init__(self, streams: Streams, stream: str, *, last: int) -> None:
+    def __init__(
+        self, streams: Streams, stream: str, *, last: int, counters: Counters | None = None
+    ) -> None:
+        """`counters` counts appends that failed."""
         self._streams = streams
         self._stream = stream
         self._subject_of = _SUBJECTS[stream]
+        self._counters = counters or Counters()
         self.last = last
+        self.problem = ""
+        """Why nothing can be appended now."""
 
     @classmethod
-    async def open(cls, streams: Streams, stream: str) -> "LogWriter":
+    async def open(
+        cls, streams: Streams, stream: str, counters: Counters | None = None
+    ) -> "LogWriter":
         """A writer at the present end of the stream."""
 
         async def last() -> int:
             return await streams.last_sequence(stream)
 
-        return cls(streams, stream, last=await patiently(last, "last_sequence"))
+        present = await patiently(last, "last_sequence")
+        return cls(streams, stream, last=present, counters=counters)
 
     async def claim(self) -> None:
         """Whoever wrote to the stream before can write no more; `last` is where that was said.
@@ -127,11 +144,14 @@ class LogWriter:
                 appended = await self._streams.append(
                     subject, data, stream=self._stream, expected_last=self.last
                 )
-            except SequenceMismatch as mismatch:
-                if attempt and await self._is_ours(subject, data, mismatch.last):
+            except SequenceMismatch:
+                if attempt and await self._is_ours(subject, data):
                     self.last += 1
                     return
-                self.last = (await self.open(self._streams, self._stream)).last
+                before, self.last = self.last, (await self.open(self._streams, self._stream)).last
+                if self.last == before:  # a server that is cut off says one thing and another
+                    await asyncio.sleep(backoff_s(attempt, first_s=0.05, cap_s=5.0))
+                    attempt += 1
             except TransientError as error:
                 _log.warning("claim_unanswered", stream=self._stream, why=str(error))
                 await asyncio.sleep(backoff_s(attempt, first_s=0.05, cap_s=5.0))
@@ -151,24 +171,36 @@ class LogWriter:
             decode(data, Message)
         except MalformedMessage as error:  # ours: every reader would skip what is logged for ever
             raise ValueError(f"{type(event).__name__} has no place in the log: {error}") from error
-        attempt = 0
+        attempt, behind = 0, _Behind()
         while True:
             try:
                 appended = await self._streams.append(
                     subject, data, stream=self._stream, expected_last=self.last
                 )
             except SequenceMismatch as mismatch:
-                if not (attempt and await self._is_ours(subject, data, mismatch.last)):
+                if 0 <= mismatch.last < self.last:
+                    if behind.for_good():
+                        raise self._fenced(mismatch.last) from mismatch
+                    why = f"the broker answers from before {self.last}: {mismatch.last}"
+                elif mismatch.last > self.last and not attempt:
                     raise self._fenced(mismatch.last) from mismatch
-                self.last += 1
-                return self.last
+                elif (ours := await self._is_ours(subject, data)) is None:
+                    why = "a replica of the broker lags behind its log"
+                elif not ours:
+                    raise self._fenced(mismatch.last) from mismatch
+                else:
+                    self.last, self.problem = self.last + 1, ""
+                    return self.last
             except TransientError as error:
-                _log.warning("append_unanswered", stream=self._stream, why=str(error))
-                await asyncio.sleep(backoff_s(attempt, first_s=0.05, cap_s=5.0))
-                attempt += 1
+                why = str(error)
             else:
-                self.last = appended.sequence
+                self.last, self.problem = appended.sequence, ""
                 return self.last
+            self.problem = why
+            self._counters.add("appends_failed")
+            _log.warning("append_failed", stream=self._stream, why=why)
+            await asyncio.sleep(backoff_s(attempt, first_s=0.05, cap_s=5.0))
+            attempt += 1
 
     async def check(self) -> None:
         """Nobody else has written to the stream.
@@ -177,24 +209,29 @@ class LogWriter:
             Fenced: another process has.
         """
 
+        behind = _Behind()
+
         async def last() -> int:
-            return await self._streams.last_sequence(self._stream)
+            found = await self._streams.last_sequence(self._stream)
+            if found < self.last and not behind.for_good():
+                raise TransientError(f"the broker answers from before {self.last}: {found}")
+            return found
 
         found = await patiently(last, "last_sequence")
         if found != self.last:
             raise self._fenced(found)
 
-    async def _is_ours(self, subject: str, data: bytes, last: int) -> bool:
-        """Whether an append without an answer has landed: the next entry is it, to the bit."""
+    async def _is_ours(self, subject: str, data: bytes) -> bool | None:
+        """Whether an append without an answer has landed: the next entry is it, to the bit.
+
+        None where the next entry is not to be had: a replica lags, or it was never agreed on.
+        """
 
         async def get() -> Stored | None:
-            found = await self._streams.get(self._stream, self.last + 1)
-            if found is None and last > self.last:
-                raise TransientError("a replica of the broker lags behind its log")
-            return found
+            return await self._streams.get(self._stream, self.last + 1)
 
         found = await patiently(get, "get")
-        return found is not None and found.subject == subject and found.data == data
+        return found and found.subject == subject and found.data == data
 
     def _fenced(self, last: int) -> Fenced:
         if 0 <= last < self.last:
@@ -207,6 +244,19 @@ class LogWriter:
             f"another aggregator writes to stream {self._stream} (it is at {last}, this one at "
             f"{self.last}): stop one of them, then start the other again"
         )
+
+
+class _Behind:
+    """Tells a server that lags from a store that has lost entries: by how long it goes on."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+
+    def for_good(self) -> bool:
+        """Whether this, asked when it was seen to be behind, has gone on for too long."""
+        now = time.monotonic()
+        self._since = now if self._since is None else self._since
+        return now - self._since >= BEHIND_S
 
 
 async def read(
@@ -225,22 +275,31 @@ async def read(
 
 
 async def read_patiently(
-    streams: Streams, stream: str, subject: str, after: int = 0
+    streams: Streams, stream: str, subject: str, after: int = 0, up_to: int = 0
 ) -> AsyncGenerator[tuple[int, Event], None]:
-    """As `read`, for as long as the world fails it: it goes on after the last sequence got."""
+    """As `read`, for as long as the world fails it: it goes on after the last sequence got.
+
+    `up_to` is a sequence that is there, of the subject: a replica may not have it yet, and is
+    asked again until it has.
+    """
     attempt = 0
     while True:
         try:
-            async with aclosing(read(streams, stream, subject, after)) as events:
-                async for after, event in events:
-                    attempt = 0
-                    yield after, event
+            async with aclosing(streams.read(stream, subject, after=after)) as pages:
+                async for stored in pages:
+                    after, attempt = stored.sequence, 0
+                    event = _decoded(stream, after, stored.data, _event)
+                    if event is not None:
+                        yield after, event
         except TransientError as error:
-            _log.warning("broker_call_failed", call="read", why=str(error))
-            await asyncio.sleep(backoff_s(attempt, first_s=0.05, cap_s=5.0))
-            attempt += 1
+            why = str(error)
         else:
-            return
+            if after >= up_to:
+                return
+            why = f"a replica of the broker has {stream} up to {after} of {up_to}"
+        _log.warning("broker_call_failed", call="read", why=why)
+        await asyncio.sleep(backoff_s(attempt, first_s=0.05, cap_s=5.0))
+        attempt += 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,6 +407,7 @@ async def _catch_up(
     It may not be: a replica of the broker lags behind, or a hint came before what it hints at.
     """
     position, attempt = after, 0
+    patience = _AGAIN_S if source.live == source.stored else _LAGS_S
     while True:
         try:
             pages = streams.read(source.stream, source.stored, after=position)
@@ -359,9 +419,9 @@ async def _catch_up(
             _log.debug("log_unreadable", stream=source.stream, after=position, why=str(error))
             await asyncio.sleep(backoff_s(attempt, cap_s=2.0))
         else:
-            if position >= wanted or attempt >= len(_AGAIN_S):
+            if position >= wanted or attempt >= len(patience):
                 return
-            await asyncio.sleep(_AGAIN_S[attempt])
+            await asyncio.sleep(patience[attempt])
         attempt += 1
 
 

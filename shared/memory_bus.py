@@ -337,8 +337,11 @@ class MemoryBus:
             raise TransientError(f"no answer on {subject}")
         return Appended(sequence)
 
-    async def last_sequence(self, stream: str) -> int:
-        return (await self._stream(stream)).last
+    async def last_sequence(self, stream: str, subject: str = "") -> int:
+        target = await self._stream(stream)
+        if not subject:
+            return target.last
+        return max((stored.sequence for stored in target.of(subject)), default=0)
 
     async def get(self, stream: str, sequence: int) -> Stored | None:
         return (await self._stream(stream)).messages.get(sequence)

@@ -18,6 +18,7 @@ COUNTERS: dict[str, str] = {
     "rounds_abandoned": "Rounds closed below their minimum, without moving the adapter.",
     "jobs_refused": "Jobs refused when they were submitted.",
     "log_appends": "Events appended to the log.",
+    "appends_failed": "Appends that the broker refused or did not answer; they are tried again.",
     "work_assigned": "Pieces of work given to devices.",
     "work_declined": "Pieces of work that a device could not do.",
     "comebacks": "Requests for work answered with a time to come back.",

@@ -18,6 +18,9 @@ from shared.messages import ServiceReport
 from shared.metrics import Counters
 from shared.runtime import EXIT_CONFIG, Stop, project_version, run, settle
 
+MAX_PROBLEM = 500
+"""Letters of a report."""
+
 
 class ServiceSettings(msgspec.Struct, frozen=True):
     """What every service can be told."""
@@ -53,6 +56,20 @@ class ServiceSettings(msgspec.Struct, frozen=True):
     def credentials(self) -> Credentials:
         """What this service logs in with."""
         return Credentials(creds_file=self.creds_file, ca_file=self.ca_file, tls_name=self.tls_name)
+
+
+class StreamSettings(ServiceSettings, frozen=True):
+    """What a service can be told that makes the broker's streams."""
+
+    stream_replicas: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=5,
+            description="Servers of the broker's cluster that keep each stream: 3 outlive the loss "
+            "of one. A stream that has more keeps them.",
+        ),
+    ] = 1
 
 
 Settings = TypeVar("Settings", bound=ServiceSettings)
@@ -91,25 +108,33 @@ async def flushed(bus: Bus) -> None:
 
 
 async def report_counters(
-    bus: Bus, name: str, counters: Counters, clock: Clock, every_s: float
+    bus: Bus,
+    name: str,
+    counters: Counters,
+    clock: Clock,
+    every_s: float,
+    problem: Callable[[], str] = lambda: "",
 ) -> None:
-    """Tell telemetry the counters of service `name` whenever they have changed, for ever.
+    """Tell telemetry counters and problem of service `name` whenever they have changed, for ever.
 
     Bytes over the link come with the others, and are no news alone: each report would call for
     the next.
     """
-    started, sent = clock.now(), None
+    started, sent, told = clock.now(), None, ""
     while True:
         counters.put("reconnects", bus.reconnects)
         counters.put("deliveries_dropped", bus.dropped)
-        if dict(counters.snapshot()) != sent:
+        trouble = problem()[:MAX_PROBLEM]
+        if dict(counters.snapshot()) != sent or trouble != told:
             _put_traffic(counters, bus)
             counts = sent = dict(counters.snapshot())
+            told = trouble
             report = ServiceReport(
                 service=name,
                 version=project_version(),
                 uptime_s=clock.now() - started,
                 counters=counts,
+                problem=trouble,
             )
             publishing = bus.publish(subjects.service(name), encode(report))
             await settle(publishing, counters, what="service_report")

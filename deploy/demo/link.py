@@ -42,6 +42,17 @@ class Link:
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
         self.port = int(self._server.sockets[0].getsockname()[1])
 
+    def cut(self, for_s: float) -> None:
+        """The link is down from now on for so long: what was open breaks, what comes is refused."""
+        self._down_until = asyncio.get_running_loop().time() + for_s
+        self.cuts += 1
+        for task in list(self._open):
+            task.cancel()
+
+    def mend(self) -> None:
+        """The link takes connections again."""
+        self._down_until = 0.0
+
     async def stop(self) -> None:
         if self._server is not None:
             self._server.close()

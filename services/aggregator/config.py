@@ -4,10 +4,10 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from shared.service import ServiceSettings
+from shared.service import StreamSettings
 
 
-class Settings(ServiceSettings, frozen=True):
+class Settings(StreamSettings, frozen=True):
     """The aggregator: owns jobs and rounds, writes the log."""
 
     batch: Annotated[

@@ -80,7 +80,8 @@ class Folding:
         if self._allowed and key.device not in self._allowed:
             raise InvalidUpdate(f"job {self._job} does not allow device {key.device}")
         record = self._record(update)
-        if (key.device, key.part) in record.seen or (key.round, key.device, key.part) in self._seen:
+        taken = (key.round, key.device, key.part) in self._seen
+        if taken or record.has(key.device, key.part):
             return Outcome("duplicate")
         if update.digest != record.opened.digest:
             raise InvalidUpdate(

@@ -13,7 +13,7 @@ from shared.bus import Bus, Delivery, Stored, Streams
 from shared.clock import Clock
 from shared.codec import check_sender, decode, encode
 from shared.errors import MalformedMessage, RejectError, TransientError
-from shared.log import LogWriter, ensure_streams, read_patiently
+from shared.log import LogWriter, ensure_streams, patiently, read_patiently
 from shared.logs import get
 from shared.messages import (
     DetailEvent,
@@ -62,7 +62,7 @@ class Aggregator:
 
     async def serve(self, stop: Stop, ready: Callable[[], None] = lambda: None) -> None:
         """Replay the log, do what a crash left undone, then serve until `stop`."""
-        await ensure_streams(self._streams)
+        await ensure_streams(self._streams, self._settings.stream_replicas)
         await self.replay()
         async with asyncio.TaskGroup() as tasks:
             background = [
@@ -75,6 +75,7 @@ class Aggregator:
                         self.counters,
                         self._clock,
                         self._settings.report_every_s,
+                        lambda: self._log.problem or self._detail.problem,
                     )
                 ),
             ]
@@ -87,13 +88,15 @@ class Aggregator:
 
     async def replay(self) -> None:
         """Evolve over LOG, then over the part of DETAIL that may still matter."""
-        self._log = await LogWriter.open(self._streams, subjects.LOG_STREAM)
+        self._log = await LogWriter.open(self._streams, subjects.LOG_STREAM, self.counters)
         await self._log.claim()
-        self._detail = await LogWriter.open(self._streams, subjects.DETAIL_STREAM)
+        self._detail = await LogWriter.open(self._streams, subjects.DETAIL_STREAM, self.counters)
         await self._detail.claim()
         await self._log.check()  # a third one may have started meanwhile
         counted: dict[str, list[int]] = {}
-        everything = read_patiently(self._streams, subjects.LOG_STREAM, subjects.ALL_LOGS)
+        everything = read_patiently(
+            self._streams, subjects.LOG_STREAM, subjects.ALL_LOGS, up_to=self._log.last
+        )
         async with aclosing(everything) as events:
             async for sequence, event in events:
                 if isinstance(event, LogEvent):
@@ -106,12 +109,19 @@ class Aggregator:
             # Older rounds than these can have no latecomers any more.
             closes = counted.get(name, [])[: -EVALUATION_ROUNDS - 2]
             after = closes[-1] if closes else 0
+            own = subjects.detail(name)
             private = read_patiently(
-                self._streams, subjects.DETAIL_STREAM, subjects.detail(name), after
+                self._streams, subjects.DETAIL_STREAM, own, after, await self._last_detail(own)
             )
             async with aclosing(private) as details:
                 async for sequence, detail in details:
                     job.evolve(detail, sequence)
+
+    async def _last_detail(self, subject: str) -> int:
+        async def last() -> int:
+            return await self._streams.last_sequence(subjects.DETAIL_STREAM, subject)
+
+        return await patiently(last, "last_sequence")
 
     # ---- what comes in
 

@@ -13,6 +13,7 @@ from services.aggregator import pooling
 from services.aggregator.folding import Folding, Outcome
 from services.aggregator.methods import METHODS, Closing
 from services.aggregator.pooling import Pool
+from services.aggregator.roster import Counted, Roster
 from services.aggregator.rounds import Evaluated, Progress, RoundRecord, contribute
 from services.aggregator.terms import merged, of_pool
 from shared.adapter import Adapter
@@ -41,8 +42,6 @@ MAX_DEADLINE_S = 3600.0
 KEPT_SNAPSHOTS = 2
 EVALUATION_ROUNDS = 100
 """How late an evaluation may come: the first one of a job reads all held-out rows."""
-MAX_CONTRIBUTIONS = 4000
-"""Of a RoundReport; the bandit can spare the rest."""
 
 
 class JobState:
@@ -56,6 +55,7 @@ class JobState:
         self._behind: list[RoundClosed] = []
         """Closes that theta has not been moved by: a replay of an ended job needs none of them."""
         self.rounds: dict[int, RoundRecord] = {}
+        self._roster = Roster()
         self.open: RoundOpened | None = None
         self.progress = Progress(Pool(0))
         self.round = 0
@@ -158,7 +158,7 @@ class JobState:
             case RoundOpened():
                 self.open = event
                 self.round = event.round
-                self.rounds[event.round] = RoundRecord(event)
+                self.rounds[event.round] = RoundRecord(event, Counted(self._roster))
                 self.progress = Progress(Pool(event.directions))
                 self._forget()
             case RoundClosed():
@@ -177,6 +177,8 @@ class JobState:
                 self._evolve_folded(event, sequence)
             case RoundReport():
                 self.reported_round = max(self.reported_round, event.round)
+                if event.round in self.rounds:
+                    self.rounds[event.round].contributions.clear()
             case JobOpened():
                 pass
 
@@ -218,10 +220,7 @@ class JobState:
         progress = self.progress
         if opened.kind == "evaluate":
             return progress.evaluators >= self.spec.evaluation.enough_devices
-        return (
-            progress.probes >= opened.enough_probes
-            and len(progress.devices) >= opened.enough_devices
-        )
+        return progress.probes >= opened.enough_probes and progress.devices >= opened.enough_devices
 
     def _closed(
         self,
@@ -245,7 +244,7 @@ class JobState:
             frozen=closing.frozen if closing else None,
             updates=progress.updates,
             late=progress.late_updates,
-            devices=len(progress.devices),
+            devices=progress.devices,
             probes=progress.probes,
             weight=progress.loss_weight,
             loss=progress.loss * pooling.QUANTUM / progress.loss_weight
@@ -300,7 +299,7 @@ class JobState:
             job=self.job,
             epoch=record.opened.epoch,
             round=record.opened.round,
-            contributions=list(record.contributions.values())[:MAX_CONTRIBUTIONS],
+            contributions=list(record.contributions.values()),
         )
 
     def _end(self) -> JobEnded:
@@ -360,9 +359,7 @@ class JobState:
         ]
         for row in event.updates:
             if row.round in self.rounds:
-                record = self.rounds[row.round]
-                record.seen.add((row.device, row.part))
-                record.late_weight += row.weight * row.probes * (row.outcome == "late")
+                self.rounds[row.round].count(row)
             if row.kind == "probe" and event.round in self.rounds:
                 contribute(self.rounds[event.round].contributions, row)
         if self.open is None or event.round != self.open.round:
@@ -381,12 +378,14 @@ class JobState:
             else:
                 progress.updates += 1
                 progress.probes += row.probes
-                progress.devices.add(row.device)
+                progress.devices += self.rounds[event.round].seen.delivers(row.device)
 
     def _forget(self) -> None:
-        """Drop what is past the lateness bound; of evaluated rounds, only what probes need."""
+        """Drop what is past the lateness bound; of evaluated rounds, what probes need."""
         for number, record in list(self.rounds.items()):
             age = self.round - number
-            record.expired = age > self.spec.pacing.lateness_rounds
+            if age > self.spec.pacing.lateness_rounds:
+                record.expire()
             if record.expired and (age > EVALUATION_ROUNDS or not record.opened.evaluate):
                 del self.rounds[number]
+        self._roster.forget([record.seen for record in self.rounds.values()])

@@ -8,8 +8,9 @@ Differs in: a round plays many arms, so time passes once a round, not once a pla
 so an arm never played has an infinite index.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from heapq import heapify, heappop
 from math import inf, log, sqrt
 
 DISCOUNT = 0.98
@@ -66,14 +67,28 @@ class Bandit:
 
     def index(self, name: str) -> float:
         """The upper confidence bound; infinite for a device never played."""
-        arm = self.arm(name)
-        if arm.weight <= 0:
+        return self._index(self._arms.get(name), self._level)
+
+    @property
+    def _level(self) -> float:
+        return self.exploration * log(max(self.total, 1.0))
+
+    def _index(self, arm: Arm | None, level: float) -> float:
+        if arm is None:
             return inf
-        return arm.mean + 2 * sqrt(self.exploration * log(max(self.total, 1.0)) / arm.weight)
+        weight = arm.weight * self.discount ** (self.step - arm.step)
+        return arm.mean + 2 * sqrt(level / weight) if weight > 0 else inf
 
     def ranked(
         self, names: Iterable[str], tie: Callable[[str], int] = lambda name: 0
-    ) -> list[tuple[str, float]]:
-        """The devices with their indices, best first; ties by `tie`, then by name."""
-        indexed = [(name, self.index(name)) for name in names]
-        return sorted(indexed, key=lambda pair: (-pair[1], tie(pair[0]), pair[0]))
+    ) -> Iterator[tuple[str, float]]:
+        """The devices with their indices, best first; ties by `tie`, then by name.
+
+        One at a time: the few that a round wants cost no ordering of a whole fleet.
+        """
+        arms, level = self._arms, self._level
+        heap = [(-self._index(arms.get(name), level), tie(name), name) for name in names]
+        heapify(heap)
+        while heap:
+            negative, _, name = heappop(heap)
+            yield name, -negative

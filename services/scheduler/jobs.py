@@ -4,7 +4,8 @@ Pure: what it decides follows from its arguments.
 """
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from itertools import chain, islice
 from math import ceil, inf
 
 from services.scheduler import cost_model
@@ -164,23 +165,21 @@ class Job:
         if opened.opened.kind == "tune" and wave == OPENING:
             able = {each.name for each in live if self._probes(each)}
             ranked = self.bandit.ranked(able | self._unreported(devices), tie)
-            wanted = self._wanted(opened, [name for name, _ in ranked])
-            probers = dict(ranked[:wanted])
+            probers, wanted = self._best(opened.opened, ranked)
         elif opened.opened.kind == "tune" and wave == REPLACEMENTS:
             able = {
                 each.name
                 for each in live
                 if self._probes(each) and not each.works(now) and each.name not in opened.chosen
             }
-            probers = dict(self.bandit.ranked(able, tie)[: opened.missing])
+            probers = dict(islice(self.bandit.ranked(able, tie), opened.missing))
         elif opened.opened.kind == "tune":
             able = {each.name for each in live if self._probes(each) and not each.works(now)}
-            ranked = self.bandit.ranked(able, tie)
             # Those who have done a part already are asked last; an exact one has nothing to add.
-            fresh = [pair for pair in ranked if pair[0] not in opened.hands]
+            ranked = self.bandit.ranked(able - opened.hands.keys(), tie)
             if opened.opened.how == "probe":
-                fresh += [pair for pair in ranked if pair[0] in opened.hands]
-            probers = dict(fresh[: max(1, opened.wanted - len(opened.delivered))])
+                ranked = chain(ranked, self.bandit.ranked(able & opened.hands.keys(), tie))
+            probers = dict(islice(ranked, max(1, opened.wanted - len(opened.delivered))))
         evaluators = self._evaluators(opened, live, wave)
         return Selection(self.name, opened.opened.round, wave, probers, evaluators, wanted)
 
@@ -197,16 +196,24 @@ class Job:
         recent = {name for names in self._recent for name in names}
         return recent - {each.name for each in devices}
 
-    def _wanted(self, opened: OpenRound, ranked: list[str]) -> int:
-        """How many devices deliver what the round needs, over-selection included."""
-        needed = opened.opened
-        count, probes = 0, 0
-        for name in ranked:
-            if count >= needed.enough_devices and probes >= needed.enough_probes:
+    def _best(
+        self, needed: RoundOpened, ranked: Iterator[tuple[str, float]]
+    ) -> tuple[dict[str, float], int]:
+        """The first devices that deliver what the round needs, over-selection included.
+
+        And how many these should be; there may be fewer.
+        """
+        best: dict[str, float] = {}
+        probes = 0
+        while len(best) < needed.enough_devices or probes < needed.enough_probes:
+            name, index = next(ranked, ("", 0.0))
+            if not name:
                 break
-            count += 1
+            best[name] = index
             probes += self._capacity(needed, name)
-        return ceil(needed.over_selection * max(count, needed.enough_devices))
+        wanted = ceil(needed.over_selection * max(len(best), needed.enough_devices))
+        best.update(islice(ranked, wanted - len(best)))
+        return best, wanted
 
     def _capacity(self, needed: RoundOpened, name: str) -> int:
         if needed.how == "exact":

@@ -35,6 +35,8 @@ class Hand:
     part: int = -1
     """The last part that is known."""
     ranges: list[Range] = field(default_factory=list[Range])
+    newest: list[Range] = field(default_factory=list[Range])
+    """Those of the last part."""
     probing: bool = False
     evaluating: bool = False
     declined: set[str] = field(default_factory=set[str])
@@ -98,6 +100,7 @@ class OpenRound:
         count = width(ranges)
         self._takes_probes(device, hand)
         hand.ranges += ranges
+        hand.newest = ranges
         self.assigned += count
         self._pending[device] = count
         first, last_count = ranges[-1]
@@ -109,10 +112,24 @@ class OpenRound:
             self.came.add(device)
 
     def returned(self, device: str, *, lost: bool) -> None:
-        """The device's hand is free again; `lost`: it never did what it was last given."""
+        """The device's hand is free again; `lost`: it never did what it was last given.
+
+        What is lost may be given again, to the same device too: killed in the middle of its work,
+        it would keep the round waiting else.
+        """
         count = self._pending.pop(device, 0)
-        if lost:
-            self.assigned -= count
+        hand = self.hands.get(device)
+        if not lost or hand is None:
+            return
+        self.assigned -= count
+        hand.ranges = [each for each in hand.ranges if each not in hand.newest]
+        hand.newest = []
+        if device not in self.delivered:
+            self._probing -= hand.probing
+            hand.probing = False
+        if device not in self.evaluated:
+            self._evaluating -= hand.evaluating
+            hand.evaluating = False
 
     def declined(self, device: str, kind: str) -> None:
         """The device cannot do work of this kind; its place is free."""

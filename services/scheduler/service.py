@@ -52,7 +52,7 @@ class Scheduler:
 
     async def serve(self, stop: Stop, ready: Callable[[], None] = lambda: None) -> None:
         """Rebuild the state from the log, then serve until `stop`."""
-        await ensure_streams(self._streams)
+        await ensure_streams(self._streams, self._settings.stream_replicas)
         async with asyncio.TaskGroup() as tasks:
             replayed = asyncio.Event()
             background = [

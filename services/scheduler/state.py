@@ -60,7 +60,7 @@ class State:
         self.devices: dict[str, Device] = {}
         self._idle_comeback_s = idle_comeback_s
         self._live_s = LIVE_REPORTS * max(idle_comeback_s, REPORT_EVERY_S)
-        self._seed = seed
+        self._salt = crc32(f"{seed}:".encode())
         self._rounds: Counter[str] = Counter()
         """To how many rounds of any job each device has contributed."""
 
@@ -222,7 +222,7 @@ class State:
         return 0.75 + 0.5 * self._tie(name) / 2**32
 
     def _tie(self, name: str) -> int:
-        return crc32(f"{self._seed}:{name}".encode())
+        return crc32(name.encode(), self._salt)
 
 
 def _problem(report: DeviceReport) -> str:

@@ -7,7 +7,7 @@ import csv
 import gzip
 import zlib
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import IO, cast
@@ -21,6 +21,8 @@ _KNOWN_COLUMNS = frozenset[str]().union(*COLUMNS)
 _BOM = b"\xef\xbb\xbf"
 _DELIMITERS = ",;\t"
 _LARGEST_FIELD = 1 << 20
+_LONGEST_LINE = 1 << 24
+"""Bytes; the rest of a longer line is passed over."""
 
 csv.field_size_limit(_LARGEST_FIELD)
 
@@ -76,9 +78,9 @@ def records(path: str, file: IO[bytes], place: Place, *, closed: bool) -> Iterat
     """
     if place.offset:
         file.seek(place.offset)
-    readline = file.readline
+    lines = _lines(file)
     is_json = kind_of(path) == ".jsonl"
-    found = _json(readline, place) if is_json else _csv(path, readline, place, closed)
+    found = _json(lines, place) if is_json else _csv(path, lines, place, closed)
     try:
         yield from found
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -86,30 +88,56 @@ def records(path: str, file: IO[bytes], place: Place, *, closed: bool) -> Iterat
             yield Record(place.line, None, f"the rest is no gzip data: {error}")
 
 
-def _json(readline: Callable[[], bytes], place: Place) -> Iterator[Record]:
-    while raw := readline():
-        line, whole = place.line, raw.endswith(b"\n")
-        content = raw.removeprefix(_BOM) if not place.offset else raw
-        if whole:
-            place.offset += len(raw)
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """`raw` is as much of a line of `size` bytes as is held; its newline is there if it has one."""
+
+    raw: bytes
+    size: int
+
+    @property
+    def whole(self) -> bool:
+        return self.raw.endswith(b"\n")
+
+
+def _lines(file: IO[bytes]) -> Iterator[_Line]:
+    """The lines of a file; of one without an end no more is held than of the longest."""
+    while raw := file.readline(_LONGEST_LINE):
+        size, last = len(raw), raw
+        while len(last) == _LONGEST_LINE and not last.endswith(b"\n"):
+            last = file.readline(_LONGEST_LINE)
+            size += len(last)
+        if size > len(raw):
+            raw = raw[:-1] + (b"\n" if last.endswith(b"\n") else b"?")
+        yield _Line(raw, size)
+
+
+def _json(lines: Iterator[_Line], place: Place) -> Iterator[Record]:
+    for one in lines:
+        line = place.line
+        content = one.raw.removeprefix(_BOM) if not place.offset else one.raw
+        if one.whole:
+            place.offset += one.size
             place.line += 1
-        if content.strip():
-            yield Record(line, content, whole=whole)
+        if one.size > len(one.raw):
+            yield Record(line, None, f"longer than {_LONGEST_LINE} bytes", one.whole)
+        elif content.strip():
+            yield Record(line, content, whole=one.whole)
 
 
 class _Feed:
     """Raw lines for csv.reader: those of the record in hand are kept, to be given again."""
 
-    def __init__(self, readline: Callable[[], bytes]) -> None:
-        self._readline = readline
-        self._again: deque[bytes] = deque()
-        self.taken: list[bytes] = []
+    def __init__(self, lines: Iterator[_Line]) -> None:
+        self._lines = lines
+        self._again: deque[_Line] = deque()
+        self.taken: list[_Line] = []
         self.ended = False
 
     def __iter__(self) -> Generator[str, None, None]:
-        while raw := self._again.popleft() if self._again else self._readline():
-            self.taken.append(raw)
-            yield raw.decode("utf-8", "surrogateescape")
+        while one := self._again.popleft() if self._again else next(self._lines, None):
+            self.taken.append(one)
+            yield one.raw.decode("utf-8", "surrogateescape")
         self.ended = True
 
     def give_again(self) -> None:
@@ -119,13 +147,13 @@ class _Feed:
         self.ended = False
 
 
-def _csv(path: str, readline: Callable[[], bytes], place: Place, closed: bool) -> Iterator[Record]:
+def _csv(path: str, lines: Iterator[_Line], place: Place, closed: bool) -> Iterator[Record]:
     if not place.header:
-        first = readline()
-        if not first.endswith(b"\n"):
+        first = next(lines, None)
+        if first is None or not first.whole:
             return
-        place.delimiter, place.header = _header(path, first)
-        place.offset, place.line = len(first), 2
+        place.delimiter, place.header = _header(path, first.raw)
+        place.offset, place.line = first.size, 2
     if not any(columns <= set(place.header) for columns in COLUMNS):
         if place.line == 2:
             yield Record(
@@ -133,7 +161,7 @@ def _csv(path: str, readline: Callable[[], bytes], place: Place, closed: bool) -
             )
             place.line += 1
         return
-    feed = _Feed(readline)
+    feed = _Feed(lines)
     reader = csv.reader(feed, delimiter=place.delimiter, strict=True)
     while True:
         feed.taken.clear()
@@ -147,11 +175,11 @@ def _csv(path: str, readline: Callable[[], bytes], place: Place, closed: bool) -
             feed.give_again()
             reader = csv.reader(feed, delimiter=place.delimiter, strict=True)
             cells, refusal = [], f"not CSV: {error}"
-        line, whole = place.line, feed.taken[-1].endswith(b"\n")
+        line, whole = place.line, feed.taken[-1].whole
         if not whole and not closed:
             return
         if whole:
-            place.offset += sum(map(len, feed.taken))
+            place.offset += sum(one.size for one in feed.taken)
             place.line += len(feed.taken)
         if refusal:
             yield Record(line, None, refusal, whole)
@@ -177,7 +205,10 @@ def _header(path: str, first: bytes) -> tuple[str, tuple[str, ...]]:
     text = first.removeprefix(_BOM).decode("utf-8", "surrogateescape")
     tried = ("",)
     for delimiter in "\t" if kind_of(path) == ".tsv" else _DELIMITERS:
-        cells = next(csv.reader([text], delimiter=delimiter), [])
+        try:
+            cells = next(csv.reader([text], delimiter=delimiter), [])
+        except csv.Error:
+            continue
         names = tuple(name.strip().lower() for name in cells)
         if any(columns <= set(names) for columns in COLUMNS):
             return delimiter, names

@@ -1,7 +1,7 @@
 """Conversations as the text that a model was trained on: its own chat template, rendered by Jinja.
 
-Templates come with models and are not trusted: they run in Jinja's sandbox, which has no way to the
-outside, with short loops and short repeats. `llama_chat_apply_template` would need no Jinja, but
+Templates come with models and are not trusted: they run in a sandbox (`chat_sandbox`), which has no
+way to the outside, and a budget. `llama_chat_apply_template` would need no Jinja, but
 knows a list of templates by their looks and gives others the nearest; a model deserves its own.
 
 What is private is known by rendering twice: once the messages themselves, once with unguessable
@@ -19,12 +19,8 @@ from functools import cached_property
 from typing import NoReturn
 
 import jinja2
-from jinja2 import nodes
-from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from shared.engine import chat_sandbox
 from shared.engine.pieces import Piece, joined
 from shared.errors import EngineError
 
@@ -37,8 +33,10 @@ CHATML = (
 """For a model whose GGUF has no template."""
 
 _LARGEST_TEMPLATE = 1 << 18
-_LONGEST_REPEAT = 1 << 12
+_LONGEST_COMPLAINT = 300
 _ROLE = re.compile(r"[A-Za-z][A-Za-z_-]{0,31}")
+_DATE = re.compile(r"(?:[^%]|%-?[A-Za-z%]){0,64}")
+"""A width would be taken at its word."""
 _NOTHING = re.compile(r"(?!)")
 _TAGS = re.compile(r"(</?(?:think|thinking|reasoning|tool_call|tool_response|tools)>)")
 _CONTROL = re.compile(r"\s*(<[^<>\s]+>|\[[^\[\]\s]+\])")
@@ -82,8 +80,9 @@ class ChatTemplate:
         self._dated = "strftime_now" in source and "strftime_now is defined" not in source
         try:
             self._template = _ENVIRONMENT.from_string(source)
-        except (jinja2.TemplateError, RecursionError) as error:
-            raise EngineError(f"the model's chat template is broken: {error}; {_MEND}") from error
+        except (jinja2.TemplateError, SyntaxError, *_FAILURES) as error:
+            why = str(error)[:_LONGEST_COMPLAINT]
+            raise EngineError(f"the model's chat template is broken: {why}; {_MEND}") from error
 
     def render(self, messages: Messages, *, generation: bool = True) -> str:
         """The conversation's text; with `generation` up to where the assistant begins to speak.
@@ -189,39 +188,22 @@ class ChatTemplate:
             "raise_exception": _raise,
         }
         if self._dated:
-            given["strftime_now"] = self._now.strftime
+            given["strftime_now"] = self._today
         try:
-            text = self._template.render(given)
+            with chat_sandbox.budget(sum(len(role) + len(content) for role, content in said)):
+                text = self._template.render(given)
         except _FAILURES as error:
+            why = str(error)[:_LONGEST_COMPLAINT]
             raise EngineError(
-                f"the model's chat template refuses these messages: {error}; give them in the "
+                f"the model's chat template refuses these messages: {why}; give them in the "
                 "roles and the order that it wants"
             ) from error
         return text.removeprefix(self._bos) if self._starts and self._bos else text
 
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja as models' templates are written for, without ways to fill the memory."""
-
-    intercepted_binops = frozenset({"*", "**"})
-
-    def call_binop(
-        self, context: jinja2.runtime.Context, operator: str, left: object, right: object
-    ) -> object:
-        sizes = [one for one in (left, right) if isinstance(one, int)]
-        if operator == "**" or (len(sizes) == 1 and sizes[0] > _LONGEST_REPEAT):
-            raise SecurityError(f"{operator} of so much is not allowed")
-        return super().call_binop(context, operator, left, right)
-
-
-class _Generation(Extension):
-    """The tag `generation` marks what an assistant said, for trainers; it renders as its body."""
-
-    tags = {"generation"}  # noqa: RUF012 - Jinja's own way
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def _today(self, form: str) -> str:
+        if not _DATE.fullmatch(form):
+            raise jinja2.TemplateError(f"no date is written as {form[:32]!r}")
+        return self._now.strftime(form)
 
 
 def _raise(why: object) -> NoReturn:
@@ -229,10 +211,7 @@ def _raise(why: object) -> NoReturn:
 
 
 def _to_json(value: object, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+    return json.dumps(value, ensure_ascii=False, indent=None if indent is None else min(indent, 16))
 
 
-_ENVIRONMENT = _Sandbox(
-    trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
-)
-_ENVIRONMENT.filters["tojson"] = _to_json
+_ENVIRONMENT = chat_sandbox.environment(tojson=_to_json)

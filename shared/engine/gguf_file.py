@@ -3,6 +3,7 @@
 Source: ggml's docs/gguf.md, version 3. Devices have no `gguf` package, and need very little of it.
 """
 
+import math
 import mmap
 import os
 import struct
@@ -38,6 +39,10 @@ _BLOCKS = {
 _PLAIN = {0: "F32", 1: "F16", 30: "BF16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0"}
 _MIXED = {10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 20: "IQ4_NL", 23: "IQ4_XS"}
 _NAMES = _PLAIN | _MIXED
+_MOST_DIMENSIONS = 4
+_LARGEST_ALIGNMENT = 1 << 20
+_MOST_ITEMS = 1 << 24
+"""Of all arrays of strings together: the largest vocabularies have 2^18."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +75,9 @@ class Header:
         """The types of its weights with their shares, the largest first; none under 1%."""
         weights: Counter[str] = Counter()
         for name, kind in self.types.items():
-            weights[kind] += int(np.prod(self.tensors[name], dtype=np.int64))
+            weights[kind] += math.prod(self.tensors[name])
+        if not weights.total():
+            return ""
         large = [(kind, count / weights.total()) for kind, count in weights.most_common()]
         large = [(kind, share) for kind, share in large if share >= 0.01]
         if len(large) == 1:
@@ -92,16 +99,23 @@ def read_header(path: str, *, whole: bool = True) -> Header:
                 return _Reader(path, data, whole=whole).header()
     except OSError as error:
         raise EngineError(f"{path}: cannot be read: {error.strerror}") from error
-    except (struct.error, UnicodeDecodeError, KeyError) as error:
+    except (_Damaged, struct.error, UnicodeDecodeError) as error:
         raise EngineError(f"{path}: damaged or cut short; fetch the file again") from error
 
 
+class _Damaged(Exception):
+    """What no GGUF file says."""
+
+
 class _Reader:
+    """Nothing that a file says of itself makes it take more memory, or time, than its size."""
+
     def __init__(self, path: str, data: mmap.mmap, *, whole: bool) -> None:
         self._path = path
         self._data = data
         self._whole = whole
         self._at = 4
+        self._items = 0
 
     def header(self) -> Header:
         version = self._number("<I")
@@ -117,12 +131,17 @@ class _Reader:
         end = 0
         for _ in range(tensor_count):
             name = self._string()
-            shape = tuple(self._number("<Q") for _ in range(self._number("<I")))
+            dimensions = self._number("<I")
+            if dimensions > _MOST_DIMENSIONS:
+                raise _Damaged(f"a tensor of {dimensions} dimensions")
+            shape = tuple(self._number("<Q") for _ in range(dimensions))
             kind, offset = self._number("<I"), self._number("<Q")
             tensors[name], types[name] = shape, _NAMES.get(kind, f"type {kind}")
             weights, size = _BLOCKS.get(kind, (1, 0))
-            end = max(end, offset + int(np.prod(shape, dtype=np.int64)) // weights * size)
-        alignment = int(metadata.get("general.alignment") or _ALIGNMENT)
+            end = max(end, offset + math.prod(shape) // weights * size)
+        alignment = metadata.get("general.alignment", _ALIGNMENT)
+        if not isinstance(alignment, int) or not 0 < alignment <= _LARGEST_ALIGNMENT:
+            raise _Damaged(f"tensors aligned to {alignment}")
         start = -(-self._at // alignment) * alignment
         if self._whole and end and start + end > len(self._data):
             raise EngineError(
@@ -136,25 +155,36 @@ class _Reader:
         self._at += struct.calcsize(code)
         return value
 
+    def _skip(self, size: int) -> None:
+        self._at += size
+        if self._at > len(self._data):
+            raise _Damaged("an entry beyond the end")
+
     def _string(self) -> str:
         length = self._number("<Q")
-        self._at += length
-        if self._at > len(self._data):
-            raise struct.error("string beyond the end")
+        self._skip(length)
         return self._data[self._at - length : self._at].decode()
+
+    def _scalar(self, kind: int) -> str:
+        code = _SCALARS.get(kind)
+        if code is None:
+            raise _Damaged(f"an entry of kind {kind}")
+        return code
 
     def _value(self, kind: int) -> Value:
         if kind == _STRING:
             return self._string()
         if kind != _ARRAY:
-            return self._number(_SCALARS[kind])
+            return self._number(self._scalar(kind))
         kind, count = self._number("<I"), self._number("<Q")
-        if kind == _STRING:
-            for _ in range(count):
-                length = self._number("<Q")
-                self._at += length
-        else:
-            self._at += count * struct.calcsize(_SCALARS[kind])
+        if kind != _STRING:
+            self._skip(count * struct.calcsize(self._scalar(kind)))
+            return count
+        self._items += count
+        if self._items > _MOST_ITEMS:
+            raise _Damaged(f"arrays of {self._items} strings")
+        for _ in range(count):
+            self._skip(self._number("<Q"))
         return count
 
 

@@ -7,7 +7,7 @@ import sys
 from shared.logs import configure
 from tests.bench.figure import Figure
 
-NAMES = ("wire", "edge", "close", "fold", "install", "serve")
+NAMES = ("wire", "edge", "close", "fold", "install", "serve", "recovery", "crowd", "herd")
 
 
 def main() -> int:

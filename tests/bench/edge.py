@@ -130,7 +130,7 @@ def _probing(digest: str, blocks: int, first: int, count: int = PROBES) -> Probe
 def _speed(model: str, data: str, kind: str) -> tuple[float, float, float]:
     """Tokens a second of probing and of plain decoding, and the median of their ratios by pairs."""
     job = Job(_opening(kind, model, data), LlamaEngine())
-    batches = layout.batches(job.examples("data", range(ROWS)), 512, ROWS, ROWS)
+    batches = layout.batches(job.examples(job.rows_of(0)[:ROWS]), 512, ROWS, ROWS)
     tokens = sum(len(batch.tokens) for batch in batches)
     decode = _plain_decoder(model)
     digest, blocks = job.adapter.digest(), len(_blocks(kind))

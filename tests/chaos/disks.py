@@ -98,7 +98,7 @@ class SimulatedDisk(Disk):
         inode = self._platters.names[name] = Inode()
         self._platters.renamed()
         inode.data = data[: len(data) // 2]
-        self._step("disk write, half of it")
+        self._step("half of disk write")
         inode.data = data
 
     def append(self, name: str, data: bytes) -> None:
@@ -112,7 +112,7 @@ class SimulatedDisk(Disk):
         before = inode.data
         self._step("disk append")
         inode.data = before + data[: len(data) // 2]
-        self._step("disk append, half of it")
+        self._step("half of disk append")
         inode.data = before + data
 
     def truncate(self, name: str, size_bytes: int) -> None:

@@ -68,7 +68,7 @@ class ChaosLink:
     async def publish(
         self, subject: str, data: bytes, headers: Mapping[str, str] | None = None
     ) -> None:
-        what = subject.split(".")[2]
+        what = "reply" if subject.startswith("_INBOX.") else subject.split(".")[2]
         self._process.step(f"publish {what}")
         loop = asyncio.get_running_loop()
         for after_s in self._weather.copies(self._process.name):
@@ -123,9 +123,9 @@ class ChaosLink:
         await self._back()
         return appended
 
-    async def last_sequence(self, stream: str) -> int:
+    async def last_sequence(self, stream: str, subject: str = "") -> int:
         await self._there()
-        found = await self.inner.last_sequence(stream)
+        found = await self.inner.last_sequence(stream, subject)
         await self._back()
         return found
 

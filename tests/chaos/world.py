@@ -73,6 +73,8 @@ class Report:
     virtual_s: float
     digest: str
     """Of all that happened, in order: alike for the same scenario."""
+    steps: dict[str, int]
+    """How many boundaries each process passed."""
     trace: list[str] = field(default_factory=list[str])
 
 
@@ -139,6 +141,7 @@ class World:
             longest_over_s=self.longest_over_s,
             virtual_s=virtual_s,
             digest=self._sum.hexdigest(),
+            steps={name: process.steps for name, process in self.processes.items()},
             trace=self._trace,
         )
 
@@ -159,6 +162,7 @@ class World:
             jobs = [group.create_task(self._operator(n)) for n in range(self.scenario.jobs)]
             watch = group.create_task(self._watch())
             await asyncio.wait({*mischief, *jobs})
+            await self._struck_or_ended()
             self.note("world", "faults are over")
             for process in self.processes.values():
                 process.kills.clear()
@@ -168,6 +172,16 @@ class World:
                 await process.end()
             watch.cancel()
         self._verify()
+
+    async def _struck_or_ended(self) -> None:
+        """Nothing that waits for a step of a process is left, or nothing takes steps any more."""
+        latest = self.loop.time() + 60 * self.scenario.deadline_s
+        while self.loop.time() < latest and not self.witness.violations:
+            kills = any(process.kills for process in self.processes.values())
+            deaths = any(self._engine_dies[n] > self._engine_steps[n] for n in self._engine_dies)
+            if not (kills or deaths) or self._quiet():
+                return
+            await asyncio.sleep(LOOK_S)
 
     async def _settled(self) -> None:
         """Until nothing is left to be done, or patience ends."""

@@ -1,7 +1,9 @@
 """The job log over both brokers: one writer, and followers without gaps or repeats."""
 
 import asyncio
+import os
 import random
+import signal
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import Literal, TypeVar
@@ -13,8 +15,10 @@ from shared.bus import Delivery, Link
 from shared.errors import Fenced
 from shared.log import LogWriter, ensure_streams, follow, follow_all, follow_detail
 from shared.messages import JobEnded, RoundReport
+from shared.nats_bus import connect
 from shared.subjects import DETAIL_STREAM, LOG_STREAM
 from tests.support.hubs import Hub, MemoryHub, NatsHub
+from tests.support.proxy import start_proxy
 from tests.support.waiting import wait_until
 
 Item = TypeVar("Item")
@@ -63,10 +67,15 @@ async def test_a_second_writer_is_fenced_off(bus: Link) -> None:
     ]
 
 
-async def test_a_broker_that_lost_entries_stops_the_writer(bus: Link) -> None:
+async def test_a_broker_that_lost_entries_stops_the_writer(
+    bus: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log, "BEHIND_S", 0.2)
     ahead = LogWriter(bus, LOG_STREAM, last=7)
     with pytest.raises(Fenced, match="the broker has lost entries"):
         await ahead.append("a", an_event("a", 1))
+    with pytest.raises(Fenced, match="the broker has lost entries"):
+        await ahead.check()
 
 
 async def test_an_append_whose_answer_was_lost_is_not_doubled(memory_hub: MemoryHub) -> None:
@@ -221,6 +230,45 @@ async def test_neither_writer_nor_follower_minds_a_broker_killed_and_started(
     assert writer.last == count
     stored = [sequence async for sequence, _ in log.read(bus, LOG_STREAM, subjects.log("a"))]
     assert stored == list(range(1, count + 1))
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["acknowledgement lost", "never stored"])
+async def test_an_append_in_flight_when_the_broker_dies_has_one_effect(
+    nats_hub: NatsHub, stored: bool
+) -> None:
+    """Its writer cannot know which it was: the log tells it, and the next append goes on."""
+    broker = nats_hub.broker
+    watching = await nats_hub.connect("watching")
+    async with start_proxy(broker.port) as link:
+        address = f"nats://127.0.0.1:{link.port}"
+        bus = await connect([address], name="aggregator", timeout_s=1.0)
+        await ensure_streams(bus)
+        writer = await LogWriter.open(bus, LOG_STREAM)
+        await writer.append("a", an_event("a", 1))
+        if stored:
+            link.swallow_answers()
+        else:
+            os.kill(broker.process_id, signal.SIGSTOP)
+        appending = asyncio.create_task(writer.append("a", an_event("a", 2)))
+        if stored:
+            await wait_until(lambda: is_at(watching, 2))
+        else:
+            await asyncio.sleep(0.2)  # until it is on its way
+        assert not appending.done()
+        await broker.kill()
+        link.cut()
+        await broker.start()
+        async with asyncio.timeout(20):
+            assert await appending == 2
+            assert await writer.append("a", an_event("a", 3)) == 3
+        async with aclosing(follow(watching, watching, "a")) as followed:
+            assert await rounds(followed, 3) == [1, 2, 3]
+        assert await watching.last_sequence(LOG_STREAM) == 3
+        await bus.close()
+
+
+async def is_at(bus: Link, sequence: int) -> bool:
+    return await bus.last_sequence(LOG_STREAM) == sequence
 
 
 async def test_a_process_without_the_right_to_make_streams_waits_for_them(hub: Hub) -> None:

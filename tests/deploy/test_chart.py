@@ -109,6 +109,7 @@ def test_each_pod_gets_its_own_credentials_and_no_others() -> None:
     ("values", "words"),
     [
         ({"nats": {"replicas": 2}}, "/nats/replicas"),
+        ({"nats": {"streamReplicas": 3}}, "nats.streamReplicas"),
         ({"nats": {"enabled": False}}, "/nats/url"),
         ({"aggregators": {}}, "aggregators"),
         ({"edge": {"kind": "CronJob"}}, "/edge/kind"),
@@ -128,6 +129,34 @@ def test_the_autoscaler_asks_for_metrics_that_the_proxy_has() -> None:
     for name in ("requests_in_flight", "requests_waiting"):
         assert f'seedwire_proxy_{name}{{namespace="ml"}}' in query
         assert f'"{name}"' in text
+
+
+def replicas_of(documents: Documents) -> int:
+    """What the aggregator is told of the streams' copies, and the scheduler alike."""
+    made = pods(documents)
+    said = {
+        variable["value"]
+        for name in ("aggregator", "scheduler")
+        for variable in made[f"fleet-seedwire-{name}"]["containers"][0]["env"]
+        if variable["name"] == f"SEEDWIRE_{name.upper()}_STREAM_REPLICAS"
+    }
+    return int(said.pop()) if len(said) == 1 else 1
+
+
+@pytest.mark.parametrize(
+    ("values", "copies"),
+    [
+        ({"replicas": 1}, 1),
+        ({"replicas": 3}, 3),
+        ({"replicas": 5, "streamReplicas": 5}, 5),
+        ({"enabled": False, "url": "nats://elsewhere:4222"}, 1),
+        ({"enabled": False, "url": "nats://elsewhere:4222", "streamReplicas": 3}, 3),
+    ],
+)
+def test_a_cluster_keeps_three_copies_of_each_stream(
+    values: Mapping[str, Any], copies: int
+) -> None:
+    assert replicas_of(rendered({"nats": dict(values)})) == copies
 
 
 @contextlib.contextmanager
@@ -166,7 +195,7 @@ async def test_three_servers_of_the_chart_are_one_broker_that_has_our_streams(
     with cluster(config, tmp_path, 3) as servers:
         async with asyncio.timeout(60):
             first = await nats_bus.connect(servers[:1], name="first")
-            await ensure_streams(first)
+            await ensure_streams(first, replicas_of(documents))
             last = await nats_bus.connect(servers[2:], name="last")
             assert await last.last_sequence(subjects.LOG_STREAM) == 0
             await last.append(subjects.log("job"), b"x", stream=subjects.LOG_STREAM)

@@ -75,7 +75,7 @@ def test_yaml_is_written_alike_everywhere() -> None:
     passes(tool("yamllint"), "--strict", "-d", rules, *sorted(map(str, files)))
 
 
-@pytest.mark.parametrize("config", ["nats-server.conf"])
+@pytest.mark.parametrize("config", ["nats-server.conf", "hub.conf", "leaf.conf"])
 def test_the_broker_takes_its_configuration(config: str) -> None:
     passes(tool("nats-server"), "-t", "--config", str(DEPLOY / "nats" / config))
 

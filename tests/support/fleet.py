@@ -65,12 +65,18 @@ class Fleet:
     positions: dict[str, str] = field(default_factory=dict[str, str])
     unable: dict[str, str] = field(default_factory=dict[str, str])
     hearing: asyncio.Task[None] | None = None
+    addresses: list[str] = field(default_factory=list[str])
+    """Of a cluster's servers; if there are none, the broker's."""
+
+    @property
+    def servers(self) -> list[str]:
+        return self.addresses or [self.broker.url]
 
     async def start_service(self, name: str, *more: str) -> Child:
         child = Child(
             name,
             f"services.{name}",
-            ["--servers", self.broker.url, *more],
+            ["--servers", *self.servers, *more],
             self.folder / f"{name}.log",
         )
         self.services[name] = child
@@ -80,7 +86,8 @@ class Fleet:
     async def start_device(self, name: str, *, url: str = "", trusted: bool = False) -> Child:
         number = len(self.devices)
         data = write_rows(self.folder / f"{name}.jsonl", rows(40, offset=40 * number))
-        arguments = ["--device", name, "--servers", url or self.broker.url, "--engine", "fake"]
+        servers = [url] if url else self.servers
+        arguments = ["--device", name, "--servers", *servers, "--engine", "fake"]
         arguments += ["--data", str(data), "--state-dir", str(self.folder / "state" / name)]
         arguments += ["--models", str(self.model)]
         if trusted:

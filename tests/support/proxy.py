@@ -13,11 +13,16 @@ class Proxy:
         self._target_port = target_port
         self._deaf: set[asyncio.StreamWriter] = set()
         self._writers: set[asyncio.StreamWriter] = set()
+        self._clients: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
     def swallow(self) -> None:
         """From now on nothing gets through the connections there are, and nobody is told."""
         self._deaf |= self._writers
+
+    def swallow_answers(self) -> None:
+        """From now on nothing comes back over the connections there are."""
+        self._deaf |= self._clients
 
     def cut(self) -> None:
         """Break every connection there is."""
@@ -31,6 +36,7 @@ class Proxy:
             writer.close()
             return
         self._writers |= {writer, up_writer}
+        self._clients.add(writer)
         for source, sink in ((reader, up_writer), (up_reader, writer)):
             task = asyncio.create_task(self._pump(source, sink))
             self._tasks.add(task)
@@ -53,6 +59,7 @@ class Proxy:
             pass
         finally:
             self._writers.discard(sink)
+            self._clients.discard(sink)
             sink.close()
 
 

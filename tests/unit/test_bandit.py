@@ -24,7 +24,7 @@ def test_plays_of_a_worse_arm_stay_below_the_bound_of_ucb1() -> None:
     )
     for _ in range(2000):
         bandit.advance()
-        name = bandit.ranked(means)[0][0]
+        name = next(bandit.ranked(means))[0]
         bandit.play(name, float(rng.random() < means[name]))
     gap = means["a"] - means["b"]
     assert bandit.arm("b").plays <= 8 * log(2000) / gap**2 + 1 + pi**2 / 3
@@ -51,7 +51,7 @@ def test_the_lazy_index_is_the_sum_of_the_paper() -> None:
 def test_devices_never_played_come_first_by_tie_and_then_by_name() -> None:
     bandit = Bandit()
     bandit.play("a", 1.0)
-    assert bandit.ranked("cab")[:2] == [("b", inf), ("c", inf)]
+    assert list(bandit.ranked("cab"))[:2] == [("b", inf), ("c", inf)]
     assert [name for name, _ in bandit.ranked("cab", tie=lambda name: -ord(name))] == [
         "c",
         "b",
@@ -64,7 +64,7 @@ def test_a_fast_device_is_chosen_more_often_and_a_slow_one_is_still_explored() -
     work_s = {"fast": 1.0, "middle": 2.0, "slow": 8.0}
     chosen = dict.fromkeys(work_s, 0)
     for _ in range(300):
-        names = [name for name, _ in bandit.ranked(work_s)[:1]]
+        names = [name for name, _ in list(bandit.ranked(work_s))[:1]]
         earned = rewards.of([a_contribution(name, work_s=work_s[name]) for name in names])
         bandit.advance()
         for name in names:
@@ -80,7 +80,7 @@ def test_a_device_that_vanishes_sinks_and_one_that_gets_better_rises() -> None:
     for step in range(400):
         if step == 150:
             worth = {"steady": 0.5, "vanishing": 0.0, "rising": 1.0}
-        name = bandit.ranked(worth)[0][0]
+        name = next(bandit.ranked(worth))[0]
         bandit.advance()
         bandit.play(name, worth[name])
         if step >= 250:

@@ -76,6 +76,8 @@ def test_resends_double_up_to_their_cap_and_hurry_after_a_reconnect() -> None:
     assert waits[-1] == RESEND_CAP_S
     resends.hurry(now)
     assert resends.due(now) == ["k"]
+    resends.sent("k", now)
+    assert resends.next_s(now) == RESEND_FIRST_S / 4, "its stream may not have been there yet"
     resends.forget("k")
     resends.sent("k", now)
     assert resends.next_s(now) is None

@@ -281,6 +281,21 @@ def test_a_lost_part_is_dealt_again_under_a_new_number() -> None:
     assert fleet.works("d0", last=again.key).key.part == 2, "4 of 12 probes are lost"
 
 
+def test_who_was_killed_in_the_middle_of_its_work_is_given_it_again() -> None:
+    """Else a round that wants everybody would wait for its deadline."""
+    exact = replace(a_round(devices=2), how="exact", evaluate=True)
+    fleet = Fleet(a_job(), a_report("d0"), a_report("d1", trusted=True), exact)
+    fleet.call()
+    first = fleet.works("d0")
+    again = fleet.works("d0", last=None)
+    assert (again.key.part, ranges_of(again)) == (1, ranges_of(first))
+    fleet.evolve(folded(again))
+    fleet.waits("d0", last=again.key)
+    evaluating = fleet.works("d1")
+    assert isinstance(evaluating.work, EvaluateWork)
+    assert isinstance(fleet.works("d1", last=None).work, EvaluateWork)
+
+
 def test_no_direction_is_measured_twice_by_one_device() -> None:
     fleet = a_fleet(size=1, probe_s=0.1, opened=a_round(devices=1, probes=100, pool=24))
     first = fleet.works("d0")

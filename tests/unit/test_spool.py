@@ -244,3 +244,21 @@ def test_a_word_that_the_ledger_has_no_room_for_is_written_when_there_is_some(
     lines = [json.loads(line) for line in platters.names["ledger.jsonl"].data.splitlines()]
     told = {line["key"][-1]: line["outcome"] for line in lines if line["what"] == "settled"}
     assert told == {"0": "too_late", "1": "folded"}
+
+
+def test_a_start_on_a_full_disk_takes_up_what_the_ledger_does_not_know_yet() -> None:
+    """Killed between the rename and the line, and then there is no room for the line."""
+    platters = Platters(random.Random(1))
+    disk = SimulatedDisk(platters, lambda _: None)
+    Spool(Path("spool"), max_bytes=ROOM, disk=disk).put(an_update())
+    platters.names["ledger.jsonl"].data = b""
+    platters.full = True
+    spool = Spool(Path("spool"), max_bytes=ROOM, disk=disk)
+    assert spool.keys == ["job-1.0.3.dev_a.0"]
+    with pytest.raises(OSError, match="No space"):
+        spool.settle("job-1.0.3.dev_a.0", "folded")
+    assert spool.keys == ["job-1.0.3.dev_a.0"], "its line can still be made from it"
+    platters.full = False
+    spool.settle("job-1.0.3.dev_a.0", "folded")
+    lines = [json.loads(line) for line in platters.names["ledger.jsonl"].data.splitlines()]
+    assert [line["what"] for line in lines] == ["spooled", "settled"]

@@ -1,0 +1,140 @@
+"""Disks that fill in the middle of a job: the broker's, its quota, a device's."""
+
+import asyncio
+import contextlib
+import os
+import sys
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from deploy.demo.processes import ROOT
+from shared import blobs, subjects
+from shared.broker import BrokerProcess, start_broker
+from shared.codec import decode
+from shared.errors import TransientError
+from shared.messages import DeviceReport, ServiceReport
+from tests.support.fleet import Fleet
+from tests.support.sites import a_spec, ends_whole, fill, fleet_on, reaches_round, small_disk
+
+OPTIONS = ("--report-every-s", "0.2")
+ROUNDS = 60
+QUOTA = """\
+jetstream {{
+  store_dir: "{store}"
+  sync_interval: always
+  max_memory_store: 512MB
+  max_file_store: 4MB
+}}
+"""
+
+
+@asynccontextmanager
+async def a_running_job(broker: BrokerProcess, folder: Path) -> AsyncGenerator[Fleet, None]:
+    """Two devices in the middle of a job of ROUNDS rounds."""
+    async with fleet_on(broker, folder, service_options=OPTIONS) as fleet:
+        for name in ("d0", "d1"):
+            await fleet.start_device(name, trusted=name == "d0")
+        await fleet.submit(fleet.job("demo", a_spec(ROUNDS)))
+        await reaches_round(fleet, "demo", 5)
+        yield fleet
+
+
+async def aggregator_says(fleet: Fleet, *words: str) -> ServiceReport:
+    """Its first report whose problem has all `words`, or that has none where there are no words."""
+    async with (
+        asyncio.timeout(40),
+        fleet.bus.subscribe(subjects.service("aggregator")) as reports,
+    ):
+        async for delivery in reports:
+            report = decode(delivery.data, ServiceReport)
+            if all(word in report.problem for word in words) and bool(words) == bool(
+                report.problem
+            ):
+                return report
+    raise AssertionError("the bus was closed")
+
+
+async def use_up(fleet: Fleet) -> None:
+    """The quota has no room for as much as an event."""
+    for size in (100_000, 5_000, 50):
+        with contextlib.suppress(TransientError):
+            for number in range(1000):
+                subject = subjects.blob("0" * 64, size + number)
+                await fleet.bus.append(subject, bytes(size), stream=subjects.BLOBS_STREAM)
+
+
+async def blob_put(fleet: Fleet, file: Path) -> tuple[int, str]:
+    """What `seedwire blob put` comes to: its exit code and all it says."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "services.console", "blob", "put", str(file)),
+        *("--servers", fleet.broker.url),
+        cwd=ROOT,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    async with asyncio.timeout(60):
+        said, _ = await process.communicate()
+    assert process.returncode is not None
+    return process.returncode, " ".join(said.decode().split())
+
+
+async def test_a_job_waits_while_the_brokers_quota_is_used_up(tmp_path: Path) -> None:
+    """And goes on by itself with the first room there is."""
+    store = tmp_path / "nats"
+    async with (
+        start_broker(store, security=QUOTA.format(store=store)) as broker,
+        a_running_job(broker, tmp_path) as fleet,
+    ):
+        aggregator = fleet.services["aggregator"].process
+        await blobs.put(fleet.bus, os.urandom(2_000_000))
+        file = tmp_path / "model.gguf"
+        file.write_bytes(os.urandom(4_000_000))
+        code, said = await blob_put(fleet, file)
+        assert code != 0
+        assert "max_file_store" in said
+        assert "the same command goes on with it" in said
+        await use_up(fleet)
+        report = await aggregator_says(fleet, "is full", "max_file_store")
+        assert report.counters["appends_failed"] > 0
+        await fleet.bus.purge(subjects.BLOBS_STREAM, subjects.ALL_BLOBS)
+        await aggregator_says(fleet)
+        await ends_whole(fleet, "demo", ROUNDS)
+        assert fleet.services["aggregator"].process is aggregator
+        assert fleet.services["aggregator"].running
+
+
+async def test_a_job_outlives_the_brokers_full_disk(tmp_path: Path) -> None:
+    """nats-server writes again once it was restarted: by Kubernetes, or by whoever reads of it."""
+    with small_disk(tmp_path / "nats", 32) as store:
+        async with start_broker(store) as broker, a_running_job(broker, tmp_path) as fleet:
+            ballast = fill(store)
+            report = await aggregator_says(fleet, "its disk is full", "restart it")
+            assert report.counters["appends_failed"] > 0
+            file = tmp_path / "model.gguf"
+            file.write_bytes(os.urandom(300_000))
+            code, said = await blob_put(fleet, file)
+            assert code != 0
+            assert "disk is full, make room there and restart it" in said
+            ballast.unlink()
+            await broker.stop()
+            await broker.start()
+            await aggregator_says(fleet)
+            await ends_whole(fleet, "demo", ROUNDS)
+            assert fleet.services["aggregator"].running
+
+
+async def test_a_device_with_a_full_disk_says_so_and_goes_on_when_there_is_room(
+    tmp_path: Path, broker: BrokerProcess
+) -> None:
+    with small_disk(tmp_path / "state" / "d1", 4) as state:
+        async with a_running_job(broker, tmp_path) as fleet:
+            async with fleet.bus.subscribe(subjects.report("d1")) as reports, asyncio.timeout(30):
+                ballast = fill(state)
+                said = decode((await anext(reports)).data, DeviceReport)
+                while "spool full" not in said.problem:
+                    said = decode((await anext(reports)).data, DeviceReport)
+            assert said.counters["spool_full"] > 0
+            ballast.unlink()
+            await ends_whole(fleet, "demo", ROUNDS)
+            assert fleet.devices["d1"].running
