@@ -37,7 +37,9 @@ CHECK_S = 300.0
 """A log that is silent for so long is looked at, in case its newest entry was lost."""
 TRIES = 3
 """So often the engine may die, disagree with the log or lack its model before it is given up."""
-QUEUED = 256
+QUEUED = 64
+BEHIND = 32
+"""So many events of the log wait only after an absence: perhaps a snapshot is faster then."""
 
 Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
 
@@ -138,7 +140,7 @@ class Following:
                     await self._stand_up(troubles)
                 waits = 0
                 async with self._events():
-                    while not self.ended and self._replica.alive:
+                    while not self.ended and self._replica.alive and not self._behind:
                         item = await self._queue.get()
                         if item is not None:
                             async with self._still:
@@ -245,6 +247,10 @@ class Following:
                 self._end()
             case _:
                 self._replica.read(sequence)
+
+    @property
+    def _behind(self) -> bool:
+        return self._queue.qsize() >= BEHIND
 
     @property
     def _proven(self) -> Position | None:

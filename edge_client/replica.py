@@ -36,6 +36,9 @@ log = get("replica")
 
 Answered = TypeVar("Answered")
 
+ASK_S, APPLY_A_PARAMETER_S = 0.002, 1e-7
+"""What a round takes the engine, by the size of its adapter, until it has been measured."""
+
 
 class DigestMismatch(EngineError):
     """The engine's adapter is not the log's."""
@@ -73,8 +76,8 @@ class Replica:
         self._life = -1
         self.position: Position | None = None
         self.doing = "opening the job"
-        self.apply_s = 0.001
-        """What applying one round takes, as a moving average."""
+        self.apply_s = 0.0
+        """What applying one round takes, as a moving average; 0 until the job is open."""
 
     @property
     def alive(self) -> bool:
@@ -108,7 +111,9 @@ class Replica:
         """
         device = self._device
         self.doing = "finding the model"
-        model = await device.models.find(decode_manifest(epoch.manifest).variants)
+        manifest = decode_manifest(epoch.manifest)
+        self.apply_s = self.apply_s or ASK_S + manifest.d * APPLY_A_PARAMETER_S
+        model = await device.models.find(manifest.variants)
         self.doing = "loading the model"
         life = device.engine.life
         request = OpenJob(

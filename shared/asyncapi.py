@@ -126,7 +126,13 @@ CHANNELS = {
         subjects.work, ("RequestWork",), ("device",), ("scheduler",), ("WorkAssigned", "ComeBack")
     ),
     "wake": Channel(subjects.wake, ("WakeUp",), ("scheduler",), ("device",)),
-    "report": Channel(subjects.report, ("DeviceReport",), ("device",), ("scheduler", "telemetry")),
+    "report": Channel(
+        subjects.report,
+        ("DeviceReport",),
+        ("device",),
+        ("scheduler", "telemetry"),
+        stream=subjects.REPORTS_STREAM,
+    ),
     "decision": Channel(
         subjects.decision, ("DecisionMade",), ("scheduler",), ("telemetry", "outsider")
     ),

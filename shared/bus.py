@@ -69,6 +69,8 @@ class StreamSpec:
     republish_from: str = ""
     republish_to: str = ""
     replicas: int = 1
+    silent: bool = False
+    """Nothing is acknowledged: the broker would say so wherever a publisher tells it to."""
 
 
 class Batch(Protocol):
@@ -108,9 +110,11 @@ class Bus(Protocol):
         ...
 
     def subscribe(
-        self, subject: str, *, queue: str = "", limit: int = 4096, gaps: bool = False
+        self, subject: str, *, queue: str = "", limit: int = 4096, gaps: bool = False, each: int = 0
     ) -> AbstractAsyncContextManager[AsyncIterator[Delivery]]:
         """Messages on `subject` (may hold wildcards) from now on; past `limit` waiting, dropped.
+
+        With `each`, past so many waiting of one subject as well: no sender fills the queue alone.
 
         A dropped message is counted in `dropped`; with `gaps`, GAP stands in its place, and
         wherever the connection was lost and is back. The iterator ends when the bus is closed.

@@ -77,6 +77,8 @@ def stream_config(spec: StreamSpec) -> dict[str, object]:
         "num_replicas": spec.replicas,
         "allow_direct": True,
     }
+    if spec.silent:
+        config["no_ack"] = True
     if spec.republish_from:
         config["republish"] = {"src": spec.republish_from, "dest": spec.republish_to}
     return config

@@ -37,6 +37,11 @@ Kind = TypeVar("Kind")
 Result = TypeVar("Result")
 
 UPDATES_BYTES = 256 * 1024 * 1024
+UPDATES_EACH = 256
+"""Of one device and job; the oldest make room. A device sends again what it hears nothing of."""
+REPORTS_BYTES = 64 * 1024 * 1024
+REPORTS_AGE_S = 2250.0
+"""A device that has been silent for so long is not called any more."""
 
 STREAMS = (
     StreamSpec(
@@ -52,10 +57,24 @@ STREAMS = (
         memory=True,
         work_queue=True,
         max_bytes=UPDATES_BYTES,
+        max_per_subject=UPDATES_EACH,
+        silent=True,
     ),
     StreamSpec(subjects.BLOBS_STREAM, (subjects.ALL_BLOBS,), max_per_subject=1),
+    StreamSpec(
+        subjects.REPORTS_STREAM,
+        (subjects.ALL_REPORTS,),
+        memory=True,
+        max_per_subject=1,
+        max_bytes=REPORTS_BYTES,
+        max_age_s=REPORTS_AGE_S,
+        silent=True,
+    ),
 )
-"""An update is on its device's disk until it is settled, so UPDATES may live in memory."""
+"""An update is on its device's disk until it is settled, so UPDATES may live in memory. REPORTS has
+each device's newest word for a scheduler that was restarted: an idle fleet says nothing. Who loses
+it with the broker hears the devices themselves, whose links are new then.
+"""
 
 declined: Counter[str] = Counter()
 """Entries skipped since this process started because they do not decode, by stream."""
@@ -71,7 +90,7 @@ _log = get("log")
 
 
 async def ensure_streams(streams: Streams, replicas: int = 1) -> None:
-    """The four streams are there, as they should be; waits for the broker for as long as needed.
+    """The streams are there, as they should be; waits for the broker for as long as needed.
 
     Each has `replicas` copies, or more where an operator gave it more.
 

@@ -10,11 +10,14 @@ from shared.bus import GAP, Delivery
 class Mailbox(AsyncIterator[Delivery]):
     """Keeps up to `limit` deliveries; one more is refused. Iteration ends when it is closed.
 
-    With `gaps`, the reader gets GAP at every place where something may be missing.
+    With `gaps`, the reader gets GAP at every place where something may be missing. With `each`, no
+    more than so many of one subject wait, so that one sender leaves the others their room.
     """
 
-    def __init__(self, limit: int, *, gaps: bool = False) -> None:
+    def __init__(self, limit: int, *, gaps: bool = False, each: int = 0) -> None:
         self._limit = limit
+        self._each = each
+        self._of_subject: dict[str, int] = {}
         self._gaps = gaps
         self._waiting: deque[Delivery] = deque()
         self._wake = asyncio.Event()
@@ -31,6 +34,11 @@ class Mailbox(AsyncIterator[Delivery]):
         if len(self._waiting) >= self._limit:
             self.mark_gap()
             return False
+        if self._each:
+            count = self._of_subject.get(delivery.subject, 0)
+            if count >= self._each:
+                return False
+            self._of_subject[delivery.subject] = count + 1
         self._waiting.append(delivery)
         self._wake.set()
         return True
@@ -50,6 +58,7 @@ class Mailbox(AsyncIterator[Delivery]):
         """All that waits, taken out at once."""
         taken = list(self._waiting)
         self._waiting.clear()
+        self._of_subject.clear()
         return taken
 
     def __aiter__(self) -> "Mailbox":
@@ -61,4 +70,9 @@ class Mailbox(AsyncIterator[Delivery]):
                 raise StopAsyncIteration
             self._wake.clear()
             await self._wake.wait()
-        return self._waiting.popleft()
+        taken = self._waiting.popleft()
+        if self._each and taken is not GAP:
+            self._of_subject[taken.subject] -= 1
+            if not self._of_subject[taken.subject]:
+                del self._of_subject[taken.subject]
+        return taken

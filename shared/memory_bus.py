@@ -278,9 +278,9 @@ class MemoryBus:
 
     @asynccontextmanager
     async def subscribe(
-        self, subject: str, *, queue: str = "", limit: int = 4096, gaps: bool = False
+        self, subject: str, *, queue: str = "", limit: int = 4096, gaps: bool = False, each: int = 0
     ) -> AsyncGenerator[AsyncIterator[Delivery], None]:
-        mailbox = Mailbox(limit, gaps=gaps)
+        mailbox = Mailbox(limit, gaps=gaps, each=each)
         subscriber = _Subscriber(self, subject, queue, mailbox)
         if self._closed:
             mailbox.close()

@@ -43,14 +43,30 @@ _log = get("bus")
 
 
 class _Client(Client):
-    """Tells nobody who it is but under TLS, where TLS is wanted.
+    """Tells nobody who it is but under TLS, where TLS is wanted; outlives headers that are none.
 
-    nats-py goes on in the clear with whoever offers no TLS, and an attacker would not.
+    nats-py goes on in the clear with whoever offers no TLS, and an attacker would not. Headers that
+    it cannot read end its reading without a word, and any device may send such.
     """
 
-    def __init__(self, *, needs_tls: bool) -> None:
+    def __init__(self, *, needs_tls: bool, closed: Callable[[], None]) -> None:
+        """`closed` is called when it is: nats-py calls nobody where it had more to send."""
         super().__init__()
         self._needs_tls = needs_tls
+        self._closed = closed
+
+    async def _close(self, status: int, do_cbs: bool = True) -> None:
+        try:
+            await super()._close(status, do_cbs)
+        finally:
+            self._closed()
+
+    async def _process_headers(self, headers: bytes) -> dict[str, str] | None:
+        try:
+            return await super()._process_headers(headers)
+        except (ValueError, LookupError, AttributeError, TypeError) as error:
+            _log.warning("headers_unreadable", why=str(error))
+            return None
 
     def _connect_command(self) -> bytes:
         assert self._current_server is not None
@@ -184,12 +200,10 @@ class NatsBus(JetStream):
         """A new client that is connected and has every subscription; tried for ever."""
         attempt = 0
         while not self._closing:
-            client = _Client(needs_tls=self._needs_tls)
+            client = _Client(needs_tls=self._needs_tls, closed=self._attention.set)
             try:
                 async with asyncio.timeout(CONNECT_TIMEOUT_S * 4):
-                    await client.connect(
-                        error_cb=self._on_error, closed_cb=self._on_closed, **self._options
-                    )
+                    await client.connect(error_cb=self._on_error, **self._options)
                     await self._attach_everything(client)
             except (OSError, EOFError, nats.errors.Error, TimeoutError, ValueError) as error:
                 self.failure = why = str(client.last_error or error) or type(error).__name__
@@ -256,9 +270,6 @@ class NatsBus(JetStream):
             mailbox.close()
         self._inboxes.clear()
 
-    async def _on_closed(self) -> None:
-        self._attention.set()
-
     async def _on_error(self, error: Exception) -> None:
         if isinstance(error, nats.errors.SlowConsumerError):
             self._dropped += 1
@@ -303,9 +314,9 @@ class NatsBus(JetStream):
 
     @asynccontextmanager
     async def subscribe(
-        self, subject: str, *, queue: str = "", limit: int = 4096, gaps: bool = False
+        self, subject: str, *, queue: str = "", limit: int = 4096, gaps: bool = False, each: int = 0
     ) -> AsyncGenerator[AsyncIterator[Delivery], None]:
-        subscribed = _Subscribed(subject, queue, Mailbox(limit, gaps=gaps))
+        subscribed = _Subscribed(subject, queue, Mailbox(limit, gaps=gaps, each=each))
         self._subscribed.append(subscribed)
         if self._closed:
             subscribed.mailbox.close()

@@ -10,6 +10,7 @@ LOG_STREAM = "LOG"
 DETAIL_STREAM = "DETAIL"
 UPDATES_STREAM = "UPDATES"
 BLOBS_STREAM = "BLOBS"
+REPORTS_STREAM = "REPORTS"
 
 WRITER = "=writer"
 """Stands in a stream's subject for the job, where its writer speaks of itself; names no job."""

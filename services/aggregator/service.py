@@ -57,6 +57,8 @@ class Aggregator:
         self._clock = clock
         self._turn = asyncio.Lock()
         self._opened_at: dict[str, float] = {}
+        self._unpublished = ""
+        """Why a snapshot that is due cannot be stored now."""
         self._log: LogWriter
         self._detail: LogWriter
 
@@ -75,7 +77,7 @@ class Aggregator:
                         self.counters,
                         self._clock,
                         self._settings.report_every_s,
-                        lambda: self._log.problem or self._detail.problem,
+                        lambda: self._log.problem or self._detail.problem or self._unpublished,
                     )
                 ),
             ]
@@ -287,7 +289,13 @@ class Aggregator:
     async def _publish(self, job: JobState) -> bool:
         if not job.snapshot_due or job.open is not None:
             return False
-        reference = await blobs.put(self._streams, job.adapter.to_bytes())
+        try:
+            reference = await blobs.put(self._streams, job.adapter.to_bytes())
+        except TransientError as error:
+            self._unpublished = str(error)
+            self.counters.add("appends_failed")
+            raise
+        self._unpublished = ""
         await self._commit(job.decide_published(reference))
         try:
             for outdated in job.outdated_snapshots:

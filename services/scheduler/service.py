@@ -10,7 +10,7 @@ from shared import subjects
 from shared.bus import Bus, Delivery, Streams
 from shared.clock import Clock
 from shared.codec import check_sender, decode, encode
-from shared.log import ensure_streams, follow_all, follow_detail, read_patiently
+from shared.log import ensure_streams, follow_all, follow_detail, patiently, read_patiently
 from shared.logs import get
 from shared.messages import (
     ComeBack,
@@ -33,6 +33,8 @@ log = get("scheduler")
 TICK_S = 0.25
 MAX_WAITING = 20_000
 """Requests and reports that may wait; a fleet that comes back at once asks again where dropped."""
+EACH = 16
+"""Of one device: a device asks one thing after the other."""
 REFUSED_S = 60.0
 """When a device whose request cannot be read may ask again."""
 
@@ -52,7 +54,7 @@ class Scheduler:
 
     async def serve(self, stop: Stop, ready: Callable[[], None] = lambda: None) -> None:
         """Rebuild the state from the log, then serve until `stop`."""
-        await ensure_streams(self._streams, self._settings.stream_replicas)
+        await self._ensured()
         async with asyncio.TaskGroup() as tasks:
             replayed = asyncio.Event()
             background = [
@@ -93,9 +95,22 @@ class Scheduler:
     # ---- what comes in
 
     async def _replay(self) -> tuple[int, int]:
-        """Evolve over LOG, then over DETAIL; where each ended."""
+        """Evolve over LOG, over DETAIL, and over each device's last report; where two ended."""
         after_log = await self._replay_stream(subjects.LOG_STREAM, subjects.ALL_LOGS)
-        return after_log, await self._replay_stream(subjects.DETAIL_STREAM, subjects.ALL_DETAILS)
+        after_detail = await self._replay_stream(subjects.DETAIL_STREAM, subjects.ALL_DETAILS)
+        await patiently(self._replay_reports, "read")
+        return after_log, after_detail
+
+    async def _replay_reports(self) -> None:
+        """What an idle fleet said to a scheduler before this one; it says nothing by itself."""
+        await self._ensured()  # it goes with the memory of a restarted broker
+        reports = self._streams.read(subjects.REPORTS_STREAM, subjects.ALL_REPORTS)
+        async with aclosing(reports) as stored:
+            async for one in stored:
+                await settle(self._told(one.subject, one.data), self.counters, what="report")
+
+    async def _ensured(self) -> None:
+        await ensure_streams(self._streams, self._settings.stream_replicas)
 
     async def _replay_stream(self, stream: str, pattern: str) -> int:
         position = 0
@@ -119,7 +134,9 @@ class Scheduler:
         self, pattern: str, handler: Handler, replayed: asyncio.Event, queue: str = ""
     ) -> None:
         """Handle what comes on a subject; while the log is replayed it waits in the queue."""
-        async with self._bus.subscribe(pattern, queue=queue, limit=MAX_WAITING) as deliveries:
+        async with self._bus.subscribe(
+            pattern, queue=queue, limit=MAX_WAITING, each=EACH
+        ) as deliveries:
             await replayed.wait()
             async for delivery in deliveries:
                 await handler(delivery)
@@ -158,12 +175,16 @@ class Scheduler:
         await settle(self._reported(delivery), self.counters, what="report")
 
     async def _reported(self, delivery: Delivery) -> None:
-        report = decode(delivery.data, DeviceReport)
-        check_sender(delivery.subject, subjects.report(report.device))
-        now = self._clock.now()
-        self.state.evolve(report, now)
-        if job := self.state.wanted_by(report.device, now):
-            await self._wake(report.device, job)
+        device = await self._told(delivery.subject, delivery.data)
+        if job := self.state.wanted_by(device, self._clock.now()):
+            await self._wake(device, job)
+
+    async def _told(self, subject: str, data: bytes) -> str:
+        """The device that a report is of; the state knows what it says."""
+        report = decode(data, DeviceReport)
+        check_sender(subject, subjects.report(report.device))
+        self.state.evolve(report, self._clock.now())
+        return report.device
 
     async def _on_list(self, delivery: Delivery) -> None:
         outcome, reason = await settle(self._list(delivery), self.counters, what="list")
@@ -177,7 +198,11 @@ class Scheduler:
     # ---- what follows
 
     async def _ticks(self) -> None:
+        reconnects = self._bus.reconnects
         while True:
+            if reconnects != self._bus.reconnects:
+                reconnects = self._bus.reconnects
+                await self._ensured()
             await settle(self._call(), self.counters, what="calls")
             await self._clock.sleep(TICK_S)
 

@@ -31,6 +31,8 @@ from shared.runtime import project_version, settle
 log = get("telemetry")
 
 TICK_S = 1.0
+EACH = 16
+"""Reports of one device that may wait."""
 OWN_REPORT_TICKS = 5
 
 
@@ -154,7 +156,8 @@ class Observer:
         async def handled(delivery: Delivery) -> None:
             handle(delivery)
 
-        async with bus.subscribe(subject) as deliveries:
+        each = EACH if subject == subjects.ALL_REPORTS else 0
+        async with bus.subscribe(subject, each=each) as deliveries:
             async for delivery in deliveries:
                 await settle(handled(delivery), self.counters, what=subject)
 

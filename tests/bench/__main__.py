@@ -7,7 +7,19 @@ import sys
 from shared.logs import configure
 from tests.bench.figure import Figure
 
-NAMES = ("wire", "edge", "close", "fold", "install", "serve", "recovery", "crowd", "herd")
+NAMES = (
+    "wire",
+    "edge",
+    "close",
+    "fold",
+    "install",
+    "serve",
+    "recovery",
+    "crowd",
+    "herd",
+    "away",
+    "late",
+)
 
 
 def main() -> int:

@@ -89,9 +89,9 @@ class ChaosLink:
         return answer
 
     def subscribe(
-        self, subject: str, *, queue: str = "", limit: int = 4096, gaps: bool = False
+        self, subject: str, *, queue: str = "", limit: int = 4096, gaps: bool = False, each: int = 0
     ) -> AbstractAsyncContextManager[AsyncIterator[Delivery]]:
-        return self.inner.subscribe(subject, queue=queue, limit=limit, gaps=gaps)
+        return self.inner.subscribe(subject, queue=queue, limit=limit, gaps=gaps, each=each)
 
     async def flush(self) -> None:
         await self.inner.flush()

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from shared.logs import configure
+from tests.chaos.live.boundaries import NAMES
 from tests.chaos.live.plan import Blow, Plan, a_plan
 from tests.chaos.live.schedule import run
 
@@ -27,6 +28,16 @@ QUIET = replace(
 @pytest.fixture(autouse=True, scope="module")
 def quiet() -> None:
     configure("chaos", level="critical")
+
+
+def test_thirty_plans_end_a_process_at_every_boundary_that_there_is() -> None:
+    drawn = {program: set[str]() for program in NAMES}
+    for seed in range(30):
+        for who, kills in a_plan(seed).kills.items():
+            program = who if who in NAMES else "edge"
+            drawn[program] |= {at.rpartition(":")[0] for at in kills}
+    for program, names in NAMES.items():
+        assert drawn[program] >= set(names), program
 
 
 @pytest.mark.parametrize("seed", [41, 42])

@@ -27,16 +27,15 @@ from shared.messages import (
     RoundReport,
     SubmitUpdate,
     UpdateKey,
-    UpdatesFolded,
     UpdateSettled,
+    UpdatesFolded,
     WorkAssigned,
 )
 from tests.chaos.abuse import poison
 from tests.support.jobs import a_job, a_probe
 
-A_LOT = settings(
-    max_examples=20, deadline=None, suppress_health_check=list(HealthCheck), database=None
-)
+SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
+A_LOT = settings(max_examples=20, deadline=None, suppress_health_check=SLOW, database=None)
 EACH = pytest.mark.parametrize("kind", poison.KINDS, ids=lambda kind: kind.__name__)
 
 
@@ -70,8 +69,9 @@ def test_a_message_with_something_wrong_in_it_is_malformed_at_worst(
 class Services:
     """The states of all services on one log, which takes only what its readers can read."""
 
-    def __init__(self, **options: int) -> None:
-        opening = open_job(a_job(enough_devices=2, enough_probes=16, evaluate_every=1, **options))
+    def __init__(self, *, momentum: int = 0) -> None:
+        job = a_job(enough_probes=16, evaluate_every=1, momentum=momentum)
+        opening = open_job(job)
         assert isinstance(opening[0], JobOpened)
         self.aggregator = JobState(opening[0])
         self.scheduler = Scheduled(idle_comeback_s=60.0, seed=1)
@@ -165,7 +165,7 @@ def extremes(draw: st.DrawFn, services: Services) -> SubmitUpdate:
 def test_updates_with_numbers_at_every_edge_stop_no_round(
     normalise: str, momentum: int, data: st.DataObject
 ) -> None:
-    services = Services(rounds=3, momentum=momentum)
+    services = Services(momentum=momentum)
     spec = services.aggregator.spec
     tuning = msgspec.structs.replace(spec.tuning, normalise=normalise, step=1e6, eps=1e-6)
     services.aggregator.spec = msgspec.structs.replace(spec, tuning=tuning)
@@ -185,7 +185,7 @@ def test_updates_with_numbers_at_every_edge_stop_no_round(
 @given(data=st.data())
 @A_LOT
 def test_requests_and_reports_at_every_edge_leave_work_for_others(data: st.DataObject) -> None:
-    services = Services(rounds=3)
+    services = Services()
     now = 20.0
     some = data.draw(
         st.lists(poison.messages(RequestWork) | poison.messages(DeviceReport), max_size=4)

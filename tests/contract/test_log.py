@@ -6,12 +6,12 @@ import random
 import signal
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pytest
 
 from shared import log, subjects
-from shared.bus import Delivery, Link
+from shared.bus import Appended, Delivery, Link, SequenceMismatch
 from shared.errors import Fenced
 from shared.log import LogWriter, ensure_streams, follow, follow_all, follow_detail
 from shared.messages import JobEnded, RoundReport
@@ -76,6 +76,36 @@ async def test_a_broker_that_lost_entries_stops_the_writer(
         await ahead.append("a", an_event("a", 1))
     with pytest.raises(Fenced, match="the broker has lost entries"):
         await ahead.check()
+
+
+async def test_a_broker_that_answers_from_before_for_a_while_stops_nobody(
+    memory_hub: MemoryHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a server does that was cut off from its cluster and does not know it yet."""
+    bus = await memory_hub.connect("aggregator")
+    await ensure_streams(bus)
+    writer = await LogWriter.open(bus, LOG_STREAM)
+    await writer.append("a", an_event("a", 1))
+    append, last_sequence, times = bus.append, bus.last_sequence, 3
+
+    async def behind(subject: str, data: bytes, **options: Any) -> Appended:
+        nonlocal times
+        times -= 1
+        if times > 0:
+            raise SequenceMismatch("wrong last sequence: 0", 0)
+        return await append(subject, data, **options)
+
+    async def from_before(stream: str, subject: str = "") -> int:
+        nonlocal times
+        times -= 1
+        return 0 if times > 0 else await last_sequence(stream, subject)
+
+    monkeypatch.setattr(bus, "append", behind)
+    assert await writer.append("a", an_event("a", 2)) == 2
+    assert not writer.problem
+    times = 3
+    monkeypatch.setattr(bus, "last_sequence", from_before)
+    await writer.check()
 
 
 async def test_an_append_whose_answer_was_lost_is_not_doubled(memory_hub: MemoryHub) -> None:

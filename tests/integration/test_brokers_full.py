@@ -8,17 +8,25 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import pytest
+
 from deploy.demo.processes import ROOT
-from shared import blobs, subjects
+from shared import subjects
 from shared.broker import BrokerProcess, start_broker
 from shared.codec import decode
 from shared.errors import TransientError
-from shared.messages import DeviceReport, ServiceReport
+from shared.log import LogWriter, ensure_streams
+from shared.messages import DeviceReport, JobEnded, ServiceReport
+from shared.nats_bus import NatsBus, connect
+from tests.support.cluster import Cluster, in_step, start_cluster
 from tests.support.fleet import Fleet
 from tests.support.sites import a_spec, ends_whole, fill, fleet_on, reaches_round, small_disk
+from tests.support.waiting import wait_until
 
 OPTIONS = ("--report-every-s", "0.2")
-ROUNDS = 60
+ROUNDS = 120
+"""More than are over before what a test does takes effect."""
+LOG = subjects.LOG_STREAM
 QUOTA = """\
 jetstream {{
   store_dir: "{store}"
@@ -87,16 +95,15 @@ async def test_a_job_waits_while_the_brokers_quota_is_used_up(tmp_path: Path) ->
         a_running_job(broker, tmp_path) as fleet,
     ):
         aggregator = fleet.services["aggregator"].process
-        await blobs.put(fleet.bus, os.urandom(2_000_000))
+        await use_up(fleet)
+        report = await aggregator_says(fleet, "is full", "max_file_store")
+        assert report.counters["appends_failed"] > 0
         file = tmp_path / "model.gguf"
-        file.write_bytes(os.urandom(4_000_000))
+        file.write_bytes(os.urandom(300_000))
         code, said = await blob_put(fleet, file)
         assert code != 0
         assert "max_file_store" in said
         assert "the same command goes on with it" in said
-        await use_up(fleet)
-        report = await aggregator_says(fleet, "is full", "max_file_store")
-        assert report.counters["appends_failed"] > 0
         await fleet.bus.purge(subjects.BLOBS_STREAM, subjects.ALL_BLOBS)
         await aggregator_says(fleet)
         await ends_whole(fleet, "demo", ROUNDS)
@@ -138,3 +145,45 @@ async def test_a_device_with_a_full_disk_says_so_and_goes_on_when_there_is_room(
             ballast.unlink()
             await ends_whole(fleet, "demo", ROUNDS)
             assert fleet.devices["d1"].running
+
+
+@pytest.mark.slow
+async def test_one_server_of_a_cluster_with_a_full_disk_holds_up_nobody_for_long(
+    tmp_path: Path,
+) -> None:
+    """It puts its JetStream out of service, and another leads; restarted with room, it catches up.
+
+    What Kubernetes' liveness probe asks of it (`js-enabled-only`) says so.
+    """
+    with small_disk(tmp_path / "node-0", 16) as store:
+        async with start_cluster(tmp_path) as cluster:
+            bus = await connect(cluster.servers[1:], name="test", timeout_s=2.0)
+            await ensure_streams(bus, 3)
+            writer = await LogWriter.open(bus, LOG)
+            for number in range(1, 4):
+                await wait_until(lambda: in_step(bus, LOG), timeout_s=30)
+                event = JobEnded(job="a", epoch=0, round=number, reason="finished", digest="0" * 64)
+                if number == 2:
+                    await led_by_first(cluster, bus)
+                    ballast = fill(store)
+                    for _ in range(100):  # more than a page: what is left of it is no room
+                        async with asyncio.timeout(60):
+                            await writer.append("a", event)
+                    assert await cluster.leader(bus, LOG) != 0
+                    ballast.unlink()
+                    await cluster.nodes[0].kill()
+                    await cluster.nodes[0].start()
+                else:
+                    await writer.append("a", event)
+            stored = [one.sequence async for one in bus.read(LOG, subjects.ALL_LOGS)]
+            assert stored == list(range(1, 103))
+            await bus.close()
+
+
+async def led_by_first(cluster: Cluster, bus: NatsBus) -> None:
+    """LOG's leader is node 0, whose disk is small."""
+    wish = b'{"placement": {"preferred": "node-0"}}'
+    async with asyncio.timeout(60):
+        while await cluster.leader(bus, LOG) != 0:
+            await bus.ask("$JS.API.STREAM.LEADER.STEPDOWN." + LOG, wish, timeout_s=5.0)
+            await asyncio.sleep(1)

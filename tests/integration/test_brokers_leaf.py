@@ -15,7 +15,7 @@ from tests.support.fleet import Fleet
 from tests.support.sites import a_spec, ends_whole, fleet_on
 
 NATS = ROOT / "deploy" / "nats"
-ROUNDS = 60
+ROUNDS = 100
 
 
 def written(folder: Path, changes: Mapping[str, str]) -> Path:

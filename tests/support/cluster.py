@@ -80,25 +80,25 @@ class Cluster:
         """The node that leads the stream; waits until there is one."""
         async with asyncio.timeout(30):
             while True:
-                name = (await cluster_info(bus, stream)).get("leader", "")
+                name = (await stream_info(bus, stream, "cluster")).get("leader", "")
                 if name:
                     return int(str(name).removeprefix("node-"))
                 await asyncio.sleep(0.05)
 
 
-async def cluster_info(bus: NatsBus, stream: str) -> dict[str, Any]:
-    """What the stream's leader says of it and of its followers; empty where nobody answers."""
+async def stream_info(bus: NatsBus, stream: str, part: str) -> dict[str, Any]:
+    """What is said of the stream: its `config`, or its `cluster`; empty where nobody answers."""
     try:
         reply = await bus.ask(f"$JS.API.STREAM.INFO.{stream}", b"", timeout_s=2.0)
     except TransientError:
         return {}
     answer: dict[str, Any] = msgspec.json.decode(reply.data)
-    return answer.get("cluster") or {}
+    return answer.get(part) or {}
 
 
 async def in_step(bus: NatsBus, stream: str) -> bool:
     """Whether every follower of the stream is there and has all of it."""
-    found = await cluster_info(bus, stream)
+    found = await stream_info(bus, stream, "cluster")
     followers = found.get("replicas") or []
     return len(followers) == SERVERS - 1 and all(
         one.get("current") and not one.get("offline") and not one.get("lag") for one in followers

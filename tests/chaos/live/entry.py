@@ -7,13 +7,16 @@ CHAOS_NAMESPACE    the network namespace that it runs in
 CHAOS_MUTATION     a promise that it breaks: a function of tests.chaos.mutations
 """
 
+import ctypes
 import importlib
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 from shared import nats_bus
+from shared.orphans import PR_SET_PDEATHSIG
 from shared.service import main
 from tests.chaos.live.boundaries import KilledBus, KilledDisk
 from tests.chaos.live.namespaces import enter
@@ -50,7 +53,14 @@ def _mutate(name: str) -> None:
     getattr(mutations, name)(pytest.MonkeyPatch())
 
 
+def _ends_with_its_parent() -> None:
+    """A schedule that is killed leaves no process behind (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 if __name__ == "__main__":
+    _ends_with_its_parent()
     if namespace := os.environ.get(NAMESPACE):
         enter(namespace)
     sys.argv = sys.argv[1:]

@@ -236,7 +236,7 @@ class _Schedule:
         """What a kernel cannot do is skipped, and said."""
         namespace = self.namespaces.get(blow.who)
         if namespace is None:
-            self.injected["skipped: no network namespaces here"] += 1
+            self.injected["skipped for want of namespaces"] += 1
         elif blow.kind == "unplug":
             await namespace.unplug(blow.for_s)
             self.injected["unplug edge"] += 1
@@ -245,7 +245,7 @@ class _Schedule:
                 await namespace.disturb(blow.for_s)
                 self.injected["netem edge"] += 1
             except Unavailable:
-                self.injected["skipped: no netem in this kernel"] += 1
+                self.injected["skipped for want of netem"] += 1
 
     async def _cleared(self) -> None:
         """Every link is whole and new, so that whoever waits to send again sends now."""
