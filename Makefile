@@ -38,11 +38,11 @@ fmt: setup             ## format and mend what can be mended
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: setup           ## figures as JSON lines: NAME=wire, edge, close, fold, serve or install
+bench: setup           ## figures as JSON lines: NAME=wire, edge, close, fold, serve, install, recovery, away, herd, crowd or late
 	@$(BIN)/python -m tests.bench $(NAME)
 
 chaos: setup           ## seeded schedules of failures; a printed seed repeats one
-	@$(BIN)/python -m tests.chaos
+	@$(BIN)/python -m tests.chaos --live 30
 
 image:                 ## build every image (X86_LEVEL=v3: for AVX2)
 	for one in $(IMAGES); do docker build --file deploy/docker/Dockerfile --target $$one \
