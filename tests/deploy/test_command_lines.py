@@ -329,7 +329,7 @@ async def test_the_operators_unit_brings_everything_up(
     places = {"${STATE_DIRECTORY}": str(state), "${SEEDWIRE_HOST}": "127.0.0.1"}
     words = [places.get(word, word.replace(PREFIX, prefix)) for word in exec_start(unit)]
     env = {"PATH": "/usr/local/bin:/usr/bin:/bin", "PYTHONUNBUFFERED": "1", "HOME": "/"}
-    ports = ("--port", "0", "--telemetry-port", "0")
+    ports = ("--port", "0", "--telemetry-port", "0", "--serve-port", "0")
     user = images()["console"].user if environments.python else ""
     container = Container("up", words, ports, (), env, directory, {}, user)
     async with started(container):
