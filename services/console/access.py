@@ -8,6 +8,7 @@ else a broker on this machine that asks for nothing.
 
 import contextlib
 import os
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ HOST, PORT = "127.0.0.1", 4222
 PLAIN = f"nats://{HOST}:{PORT}"
 FILE = "access.toml"
 STATE_DIR = Path("seedwire-state")
+LOOK_S = 0.5
 
 
 @dataclass(slots=True)
@@ -45,6 +47,29 @@ def registered() -> Path:
     """Where the last `seedwire up` of this user is written down."""
     home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
     return Path(home) / "seedwire" / "fleet.toml"
+
+
+def register(fleet: Access) -> str:
+    """`fleet` is this user's from now on, unless another one still runs; then that one's address.
+
+    A home that cannot be written is no reason to complain: --servers and ./seedwire-state remain.
+    """
+    path = registered()
+    with contextlib.suppress(ConfigError):
+        if path.is_file():
+            other = access.load(path).servers
+            if not _places(other) & _places(fleet.servers) and any(map(_listens, _places(other))):
+                return ", ".join(other)
+        fleet.save(path)
+    return ""
+
+
+def _listens(place: tuple[str, int]) -> bool:
+    try:
+        with socket.create_connection(place, timeout=LOOK_S):
+            return True
+    except OSError:
+        return False
 
 
 def default_servers() -> str:

@@ -24,6 +24,9 @@ Parsed = TypeVar("Parsed", bound=msgspec.Struct)
 
 LABEL_TEMPLATE = "{text}\nTopic:"
 
+VERSIONS, MOST_APART = 10, 50
+"""A job publishes so many versions of its adapter, but at most so many rounds apart."""
+
 DEFAULTS: dict[AdapterKind, dict[str, Table]] = {
     "output-rows": {
         "tuning": {
@@ -123,13 +126,19 @@ def _task_defaults(*, labelled: bool) -> Table:
 
 
 def _let_follow(merged: Table) -> None:
-    """Settle what hangs on other settings: with `exact` every device answers the whole pool."""
+    """Settle what hangs on other settings.
+
+    With `exact` every device answers the whole pool. A short job is served while it learns, too.
+    """
     tuning, pacing = _table(merged, "tuning"), _table(merged, "pacing")
     if tuning.get("how") == "exact" and "enough_probes" not in pacing:
         directions = tuning.get("directions", Tuning().directions)
         devices = pacing.get("enough_devices", Pacing().enough_devices)
         if isinstance(directions, int) and isinstance(devices, int):
             pacing["enough_probes"] = directions * devices
+    rounds = tuning.get("rounds", Tuning().rounds)
+    if isinstance(rounds, int):
+        merged.setdefault("snapshot_every", min(MOST_APART, max(1, rounds // VERSIONS)))
 
 
 def _parsed(value: Table, kind: type[Parsed], flags: Mapping[str, Table]) -> Parsed:

@@ -169,8 +169,8 @@ async def _run(plan: Plan, ports: Ports, held: int, stop: Stop, say: Callable[[s
     await broker.start()
     fleet = _access(plan, broker, authority)
     fleet.save(plan.state_dir / access.FILE)
-    with contextlib.suppress(ConfigError):  # a home that cannot be written is no reason to stop
-        fleet.save(access.registered())
+    if other := access.register(fleet):
+        say(f"commands in other directories still go to the fleet at {other}")
     supervisor = Supervisor(plan.state_dir / "logs", stop, say, (held,))
     try:
         async with asyncio.TaskGroup() as tasks:
