@@ -27,6 +27,8 @@ def main() -> int:
         from edge_client import enrolling  # the daemon goes without it
 
         return enrolling.main(sys.argv[2:])
+    for sentence in config.misspelt(Settings, PREFIX):
+        print(f"warning: {sentence}", file=sys.stderr)  # noqa: T201 - as the error below
     try:
         settings = completed(
             config.load(Settings, program="seedwire-edge", prefix=PREFIX, argv=sys.argv[1:])
@@ -46,7 +48,7 @@ async def _watched(settings: Settings, stop: Stop) -> None:
 
 async def _serve(settings: Settings, stop: Stop, supervisor: Supervisor) -> None:
     log = logs.get("edge").bind(device=settings.device)
-    log.info("starting", settings=config.shown(settings))
+    log.info("starting", settings=config.shown(settings, changed_only=True))
     directory = Path(settings.state_dir) / "spool"
     spool = await asyncio.to_thread(
         Spool,

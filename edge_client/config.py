@@ -15,6 +15,9 @@ from shared.errors import ConfigError
 PREFIX = "SEEDWIRE_EDGE"
 
 _ROWS = "a JSONL or CSV file that holds rows, or a directory of such files"
+_GZIP = b"\x1f\x8b"
+_HEAD_BYTES = 4096
+"""Of a file of rows, so much is looked at before anything is started."""
 DEFAULT_SERVERS = ("nats://127.0.0.1:4222",)
 
 
@@ -183,6 +186,11 @@ def _check_rows(name: str, path: str) -> None:
         raise ConfigError(f"{name}: {path} cannot be read; name {_ROWS}")
     elif not os.path.isdir(path) and not os.path.getsize(path):
         raise ConfigError(f"{name}: {path} is empty; name {_ROWS}")
+    elif os.path.isfile(path):
+        with open(path, "rb") as file:
+            head = file.read(_HEAD_BYTES)
+        if b"\0" in head and not head.startswith(_GZIP):
+            raise ConfigError(f"{name}: {path} is not text; give JSONL or CSV rows")
 
 
 def device_name(given: str) -> str:

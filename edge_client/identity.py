@@ -20,6 +20,11 @@ MEND = (
     "seedwire-edge enroll TICKET; the daemon then goes on by itself"
 )
 
+NO_IDENTITY = (
+    "this device has no identity; a fleet of `seedwire up` wants one: "
+    "seedwire-edge enroll TICKET --device {device}"
+)
+
 
 def folder(state_dir: Path) -> Path:
     return state_dir / "identity"
@@ -76,6 +81,7 @@ def completed_by_identity(settings: Settings) -> Settings:
 
 def credentials(settings: Settings) -> Credentials:
     """How the daemon logs in."""
+    known = settings.user or settings.token or settings.creds_file
     return Credentials(
         user=settings.user,
         password=settings.password,
@@ -83,5 +89,5 @@ def credentials(settings: Settings) -> Credentials:
         creds_file=settings.creds_file,
         ca_file=settings.ca_file,
         tls_name=settings.tls_name,
-        mend=MEND,
+        mend=MEND if known else NO_IDENTITY.format(device=settings.device or "NAME"),
     )

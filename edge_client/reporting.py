@@ -17,6 +17,9 @@ OF_JOB = "job "
 ENDED_SHOWN = 3
 """Final positions of so many jobs stay in the report."""
 
+REFUSALS_LOGGED = 5
+"""Of the refused rows of one reading, so many are logged; the rest are counted."""
+
 log = get("reporting")
 
 
@@ -60,10 +63,13 @@ class About:
     def opened(self, held: Held) -> None:
         """The engine has read the data for a job."""
         self._counters.put("rows_refused", held.refused_rows)
-        for refusal in held.refused:
-            if refusal not in self._refused:
-                self._refused.add(refusal)
-                log.warning("row_refused", row=refusal)
+        news = [refusal for refusal in held.refused if refusal not in self._refused]
+        self._refused.update(news)
+        for refusal in news[:REFUSALS_LOGGED]:
+            log.warning("row_refused", row=refusal)
+        if news:
+            usable = held.rows + held.heldout_rows
+            log.warning("rows_refused", count=held.refused_rows, of=usable + held.refused_rows)
         self.counted(held.rows, held.heldout_rows)
 
     def problem(self, topic: str, text: str) -> None:

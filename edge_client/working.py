@@ -76,6 +76,7 @@ class Working:
     async def run(self, stop: Stop) -> None:
         """Work until `stop`; what is in hand then is finished first."""
         unanswered = fruitless = 0
+        idle = 1  # turned away so often in a row; the first time is told, later the second
         while not stop.asked:
             self.wake.clear()
             try:
@@ -93,8 +94,14 @@ class Working:
                 log.debug("come_back", after_s=answer.after_s, reason=answer.reason)
                 if answer.report:
                     self.report.set()
+                else:
+                    idle += 1
+                    if idle == 2:
+                        log.info("waiting_for_work", why=answer.reason)
                 await self._pause(jittered(answer.after_s, spread=0.2))
-            elif await self._did(answer):
+                continue
+            idle = 0
+            if await self._did(answer):
                 fruitless = 0
             else:
                 fruitless += 1

@@ -5,6 +5,7 @@ What `--help` says of a field is the `description` of its msgspec Meta.
 """
 
 import argparse
+import difflib
 import json
 import os
 import re
@@ -22,6 +23,9 @@ Settings = TypeVar("Settings", bound=msgspec.Struct)
 
 SECRETS = frozenset({"api_key", "password", "ticket", "token"})
 _USER_INFO = re.compile(r"//[^/@]*@")
+_ORCHESTRATED = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_\w+)$")
+"""Variables that Kubernetes sets of its own, besides NAME_PORT=tcp://..."""
+_LINK = re.compile(r"(tcp|udp|sctp)://")
 
 
 def load(
@@ -49,7 +53,9 @@ def load(
         given[name] = (f"{path}: {name}", value)
     environ = os.environ if environ is None else environ
     for name, field in known.items():
-        if (text := environ.get(variable := _variable(prefix, name))) is not None:
+        variable = _variable(prefix, name)
+        text = environ.get(variable)
+        if text is not None and not _is_orchestrated(variable, text):
             given[name] = (variable, text.split(",") if _is_list(field) else text)
     given |= {
         name: (_option(name), value) for name, value in arguments.items() if value is not None
@@ -64,16 +70,47 @@ def load(
         raise ConfigError(f"{program}: {error}") from error
 
 
-def shown(settings: msgspec.Struct) -> dict[str, object]:
-    """The settings for the log, without secrets: those fields, and what stands in an address."""
+def misspelt(
+    kind: type[msgspec.Struct], prefix: str, environ: Mapping[str, str] | None = None
+) -> list[str]:
+    """A sentence for each variable of `prefix` that sets nothing; values are not told."""
+    known = [_variable(prefix, field.name) for field in msgspec.structs.fields(kind)]
+    sentences: list[str] = []
+    for name, text in sorted((os.environ if environ is None else environ).items()):
+        ours = name.startswith(f"{prefix}_") and name not in known
+        if ours and not _is_orchestrated(name, text):
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            sentences.append(f"{name} sets nothing; did you mean {near[0]}?")
+    return sentences
+
+
+def shown(settings: msgspec.Struct, *, changed_only: bool = False) -> dict[str, object]:
+    """The settings for the log, without secrets: those fields, and what stands in an address.
+
+    With `changed_only`, those alone that differ from their defaults.
+    """
+    defaults = {
+        field.name: field.default
+        if field.default_factory is msgspec.NODEFAULT
+        else field.default_factory()
+        for field in msgspec.structs.fields(settings)
+    }
     return {
         key: "***" if key in SECRETS and value else _without_secrets(value)
         for key, value in msgspec.structs.asdict(settings).items()
+        if not (changed_only and value == defaults.get(key, msgspec.NODEFAULT))
     }
 
 
 def _variable(prefix: str, name: str) -> str:
     return f"{prefix}_{name.upper()}"
+
+
+def _is_orchestrated(variable: str, text: str) -> bool:
+    """Whether Kubernetes set it, for a Service that has our name."""
+    if _ORCHESTRATED.search(variable) is not None:
+        return True
+    return variable.endswith("_PORT") and _LINK.match(text) is not None
 
 
 def _option(name: str) -> str:

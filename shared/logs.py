@@ -1,6 +1,7 @@
 """Structured logs: one constant `snake_case` fact a line, values as keys; never payloads."""
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, MutableMapping
@@ -13,7 +14,10 @@ BURST, LINES_A_SECOND = 200.0, 5.0
 
 
 def configure(program: str, *, level: str = "info", as_json: bool | None = None) -> None:
-    """Send this process's log to stderr: JSON, or for people where stderr is a terminal."""
+    """Send this process's log to stderr: JSON, or for people where stderr is a terminal.
+
+    NO_COLOR in the environment leaves those lines without colours.
+    """
     if as_json is None:
         as_json = not sys.stderr.isatty()
     numeric = cast("int", getattr(logging, level.upper(), logging.INFO))
@@ -26,7 +30,10 @@ def configure(program: str, *, level: str = "info", as_json: bool | None = None)
             structlog.processors.format_exc_info,
             structlog.processors.JSONRenderer()
             if as_json
-            else structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback),
+            else structlog.dev.ConsoleRenderer(
+                colors=not os.environ.get("NO_COLOR"),
+                exception_formatter=structlog.dev.plain_traceback,
+            ),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(numeric),
         logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),

@@ -20,6 +20,8 @@ from shared.runtime import EXIT_CONFIG, Stop, project_version, run, settle
 
 MAX_PROBLEM = 500
 """Letters of a report."""
+REPEAT_S = 60.0
+"""A report comes again after this without news too: whoever began to listen later hears it."""
 
 
 class ServiceSettings(msgspec.Struct, frozen=True):
@@ -79,13 +81,11 @@ def main(
     kind: type[Settings], name: str, serve: Callable[[Settings, Stop], Awaitable[None]]
 ) -> int:
     """Run the service `name` until it is told to stop; the exit code."""
+    prefix = f"SEEDWIRE_{name.upper()}"
+    for sentence in config.misspelt(kind, prefix):
+        print(f"warning: {sentence}", file=sys.stderr)  # noqa: T201 - as the error below
     try:
-        settings = config.load(
-            kind,
-            program=f"seedwire-{name}",
-            prefix=f"SEEDWIRE_{name.upper()}",
-            argv=sys.argv[1:],
-        )
+        settings = config.load(kind, program=f"seedwire-{name}", prefix=prefix, argv=sys.argv[1:])
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201 - the log is not configured yet
         return EXIT_CONFIG
@@ -115,20 +115,21 @@ async def report_counters(
     every_s: float,
     problem: Callable[[], str] = lambda: "",
 ) -> None:
-    """Tell telemetry counters and problem of service `name` whenever they have changed, for ever.
+    """Tell telemetry counters and problem of service `name` for ever.
 
-    Bytes over the link come with the others, and are no news alone: each report would call for
-    the next.
+    Whenever they have changed, and every REPEAT_S. Bytes over the link come with the others, and
+    are no news alone: each report would call for the next.
     """
-    started, sent, told = clock.now(), None, ""
+    started, sent, told, told_at = clock.now(), None, "", 0.0
     while True:
         counters.put("reconnects", bus.reconnects)
         counters.put("deliveries_dropped", bus.dropped)
         trouble = problem()[:MAX_PROBLEM]
-        if dict(counters.snapshot()) != sent or trouble != told:
+        news = dict(counters.snapshot()) != sent or trouble != told
+        if news or clock.now() - told_at >= REPEAT_S:
             _put_traffic(counters, bus)
             counts = sent = dict(counters.snapshot())
-            told = trouble
+            told, told_at = trouble, clock.now()
             report = ServiceReport(
                 service=name,
                 version=project_version(),

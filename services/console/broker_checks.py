@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from services.console.access import CLOSE_AS_PROBE
 from services.console.client import shown
 from services.console.finding import Finding, ok, problem, warning
 from shared import log
@@ -54,6 +55,7 @@ async def greeting(server: str) -> tuple[list[Finding], Greeting | None]:
         async with asyncio.timeout(GREETING_S):
             port = parts.port or PORTS[parts.scheme]
             reader, writer = await asyncio.open_connection(parts.hostname, port)
+            writer.get_extra_info("socket").setsockopt(*CLOSE_AS_PROBE)
             try:
                 line = await reader.readline()
             finally:

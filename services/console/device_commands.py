@@ -112,7 +112,9 @@ def revoke(device: Device, servers: options.Servers = LOCAL, as_json: options.Js
         value = {"device": answer.device, "public_key": answer.public_key, "revoked": True}
         printer.result(
             value,
-            f"{device} is revoked; to let it in again: {again}",
+            f"{device} is revoked; to let it in again: {again}\n"
+            "the ticket it came by is closed, for others too if it had uses left; a new one: "
+            "seedwire device invite",
         )
 
     talk(servers, work, as_json=as_json)

@@ -165,7 +165,15 @@ def _labels(labels: str | None, labels_from: Path | None) -> dict[str, str] | No
     named = parse_labels(labels) if labels else {}
     if labels_from and named.keys() - found.keys():
         raise Usage(f"--labels: {min(named.keys() - found.keys())!r} is no label in {labels_from}")
-    return found | named
+    both = found | named
+    if len(both) < 2:
+        if labels_from:
+            raise Usage(
+                f"--labels-from {labels_from}: all rows have the one label {min(both)!r}; "
+                "a job wants at least two"
+            )
+        raise Usage("--labels: name at least two, for example --labels World,Sports")
+    return both
 
 
 def _unescaped(template: str | None) -> str | None:

@@ -30,7 +30,8 @@ def init(
 ) -> None:
     """Make what is missing: keys, credentials, certificate, nats-server configuration.
 
-    What is there already stays. Keep DIR/keys/operator.seed in a safe place: nothing needs it.
+    What is there already stays. Keep DIR/keys/operator.seed in a safe place: no running
+    service needs it; it can make a new operator signing key.
     """
     printer = Printer(as_json=as_json)
     authority = Authority(folder)

@@ -79,13 +79,19 @@ def devices_table(devices: Sequence[DeviceSummary]) -> Table:
             f"{ago(device.seen_s_ago)}{', away' if away(device) else ''}",
             device.job,
             device.doing,
-            str(device.rows),
+            _rows(device),
             f"{device.tokens_per_s:.0f}" if device.tokens_per_s else "-",
             str(device.rounds),
             device.problem,
             style="dim" if away(device) else None,
         )
     return table
+
+
+def _rows(device: DeviceSummary) -> str:
+    """How many it has, and how many more it cannot use."""
+    refused = device.rows_refused
+    return f"{device.rows}, {refused} refused" if refused else str(device.rows)
 
 
 def ago(seconds: float) -> str:

@@ -97,8 +97,8 @@ def label_rows(facts: Facts, labels: dict[str, str]) -> list[int]:
         if token in seen:
             raise Failure(
                 f"the label words {seen[token]!r} and {word!r} begin with the same token of this "
-                f"model: add another word, --labels {shlex.quote(f'{label}=WORD')}, to "
-                "--labels-from, or to the --labels there are"
+                f"model: add --labels {shlex.quote(f'{label}=WORD')} (it goes with --labels-from "
+                "as well), with a word that begins otherwise"
             )
         seen[token] = word
     return list(seen)

@@ -104,8 +104,9 @@ class ProxyClient:
             response = connection.getresponse()
         except (OSError, http.client.HTTPException) as error:
             raise Failure(
-                f"no server answers at {self._url} ({error}); start `python -m "
-                "services.proxy_inference`, or name yours with --url or SEEDWIRE_URL",
+                f"no server answers at {self._url} ({error}); start one with `seedwire up` "
+                "(or `python -m services.proxy_inference`), or name yours with --url or "
+                "SEEDWIRE_URL",
                 code=EXIT_UNREACHABLE,
             ) from error
         if response.status >= 400:

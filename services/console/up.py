@@ -292,9 +292,10 @@ class _Opening:
         if self.fleet.invite_servers:
             lines.append(f"devices    {', '.join(self.fleet.invite_servers)}")
         if invitation:
-            lines.append(f"           seedwire-edge enroll {invitation}")
+            lines.append(f"           seedwire-edge enroll {invitation} --device NAME")
             lines.append(f"           (any number of devices, for {INVITED_S / 3600:.0f} h)")
         telemetry = f"http://{HOST}:{self.ports.telemetry}"
+        lines.append(f"page       {telemetry}/")
         lines.append(f"telemetry  {telemetry}/metrics, /jobs, /devices")
         if self.ports.serve is not None:
             lines.append(

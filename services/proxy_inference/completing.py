@@ -139,14 +139,15 @@ class Completing:
         if not asked.text.strip():
             raise Refusal(400, "text is empty", param="text")
         async with self._proxy.lent(asked.model) as held:
-            if held.spec is None or not held.spec.task.labels:
+            spec = self._proxy.spec_of(held)
+            if spec is None or not spec.task.labels:
                 raise Refusal(
                     400,
                     f"{held.name} has no labels; name a job that was submitted with labels, or "
-                    "use /v1/completions",
+                    "use /v1/completions (base takes the labels of the job that serves)",
                     param="model",
                 )
-            task = msgspec.structs.replace(held.spec.task, loss="choices")
+            task = msgspec.structs.replace(spec.task, loss="choices")
             try:
                 check_task(task)
                 prompt, choices = await _off_loop(

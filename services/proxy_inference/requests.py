@@ -172,7 +172,7 @@ class ChatRequest(Common, frozen=True, kw_only=True):
 
 
 class ClassifyRequest(msgspec.Struct, frozen=True):
-    """POST /v1/classify."""
+    """POST /v1/classify; of model `base`, by the labels of the job that serves by default."""
 
     text: Annotated[str, Meta(min_length=1)]
     model: Annotated[str, Meta(max_length=300)] | None = None

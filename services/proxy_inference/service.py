@@ -15,6 +15,7 @@ from services.proxy_inference.versions import BASE, Pin, UnknownVersion, Version
 from services.proxy_inference.worker import Ticket, Worker
 from shared.errors import EngineError, RejectError, TransientError
 from shared.logs import get
+from shared.messages import JobSpec
 
 WEDGED_S = 60.0
 """A pass that takes longer has gone wrong: it has at most 512 tokens."""
@@ -97,6 +98,12 @@ class Proxy:
         held = await self.held(model)
         async with self.pool.lent(held):
             yield held
+
+    def spec_of(self, held: Held) -> JobSpec | None:
+        """What a generation is asked by; the base model, to compare, by the job that serves."""
+        if held.version is None and self.pool.default is not None:
+            return self.pool.default.spec
+        return held.spec
 
     def admit(self, count: int) -> None:
         """There is room for `count` more answers.

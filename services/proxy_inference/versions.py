@@ -140,8 +140,10 @@ class Versions:
             found = [one for one in kept if one.round == round]
         if not found:
             rounds = ", ".join(str(one.round) for one in sorted(kept, key=lambda one: one.sequence))
-            what = "an older one" if round is None else f"round {round}"
-            raise UnknownVersion(f"{serving.job}: {what} is not on disk; rounds {rounds} are")
+            there = f"on disk: {'round' if len(kept) == 1 else 'rounds'} {rounds}"
+            what = f"older than round {serving.round}" if round is None else f"of round {round}"
+            there = there if kept else "none is on disk"
+            raise UnknownVersion(f"{serving.job}: no version {what} is kept; {there}")
         chosen = max(found, key=lambda one: one.sequence)
         self.pin = Pin(chosen.job, chosen.round)
         return self.pin

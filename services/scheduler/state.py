@@ -205,6 +205,7 @@ class State:
             job=job,
             doing=f"{device.kind} round {key.round} part {key.part}" if key and working else "",
             rows=report.rows if report else 0,
+            rows_refused=_refused(report) if report else 0,
             tokens_per_s=device.tokens_per_s,
             rounds=self._rounds[device.name],
             reward=running.bandit.arm(device.name).mean if running else 0.0,
@@ -223,6 +224,11 @@ class State:
 
     def _tie(self, name: str) -> int:
         return crc32(name.encode(), self._salt)
+
+
+def _refused(report: DeviceReport) -> int:
+    """How many rows it cannot use, by its own word: any number at all."""
+    return min(max(report.counters.get("rows_refused", 0), 0), 2**53)
 
 
 def _problem(report: DeviceReport) -> str:

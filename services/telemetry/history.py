@@ -90,6 +90,10 @@ class JobHistory(msgspec.Struct):
     rounds_planned: int = 0
     method: str = ""
     how: str = ""
+    has_answers: bool = True
+    """Whether the task has right answers, so that an accuracy means something."""
+    snapshot_every: int = 0
+    """Rounds from one published version to the next; 0: its opening was not seen."""
     digest: str = ""
     loss: float | None = None
     """Of the devices' own batches, at the last close that had any."""
@@ -110,6 +114,8 @@ class JobHistory(msgspec.Struct):
                 self.status, self.reason = "running", ""
                 self.rounds_planned = event.spec.tuning.rounds
                 self.method, self.how = event.spec.tuning.method, event.spec.tuning.how
+                self.has_answers = event.spec.task.loss != "tokens"
+                self.snapshot_every = event.spec.snapshot_every
             case EpochOpened():
                 self.epoch, self.digest = event.epoch, event.digest
             case RoundOpened():
@@ -160,6 +166,12 @@ class JobHistory(msgspec.Struct):
         """The newest one."""
         return self.evaluations[max(self.evaluations)] if self.evaluations else None
 
+    @property
+    def accuracy(self) -> float | None:
+        """At the newest evaluation; None also where the task has no right answers."""
+        last = self.evaluation
+        return last.accuracy if last and self.has_answers else None
+
     def summary(self) -> dict[str, object]:
         """The job in a line of a list."""
         last = self.evaluation
@@ -176,7 +188,9 @@ class JobHistory(msgspec.Struct):
             "digest": self.digest,
             "loss": self.loss,
             "heldout_loss": last.loss if last else None,
-            "accuracy": last.accuracy if last else None,
+            "accuracy": self.accuracy,
+            "has_answers": self.has_answers,
+            "snapshot_every": self.snapshot_every,
         }
 
     def _close(self, event: RoundClosed) -> None:

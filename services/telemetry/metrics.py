@@ -34,7 +34,7 @@ _GAUGES: dict[str, tuple[str, Callable[[JobHistory], float | None]]] = {
     ),
     "seedwire_job_accuracy": (
         "Share of held-out rows answered right at the last evaluation.",
-        lambda job: job.evaluation.accuracy if job.evaluation else None,
+        lambda job: job.accuracy,
     ),
 }
 

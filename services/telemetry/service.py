@@ -148,7 +148,7 @@ class Observer:
                     uptime_s=now - self._started,
                     counters=dict(self.counted()),
                 )
-                self.state.on_service_report(own)
+                self.state.on_service_report(own, now)
             tick += 1
             await self._clock.sleep(TICK_S)
 
@@ -171,7 +171,7 @@ class Observer:
         check_sender(delivery.subject, subjects.service(report.service))
         if report.service == SERVICE:
             raise InvalidUpdate("a report of telemetry that it did not make")
-        self.state.on_service_report(report)
+        self.state.on_service_report(report, self._clock.now())
 
     def _on_decision(self, delivery: Delivery) -> None:
         self.state.on_decision(decode(delivery.data, DecisionMade), self._clock.now())

@@ -73,6 +73,8 @@ class State:
         self.devices: dict[str, DeviceRow] = {}
         """Least recently heard of first."""
         self.services: dict[str, ServiceReport] = {}
+        self.services_heard: dict[str, float] = {}
+        """When each of them last reported."""
         self.others: dict[str, int] = {}
         """Counters of the devices without series of their own."""
         self.decisions: dict[str, int] = {}
@@ -144,9 +146,10 @@ class State:
         device.hears(now)
         self._changed(device)
 
-    def on_service_report(self, report: ServiceReport) -> None:
+    def on_service_report(self, report: ServiceReport, now: float) -> None:
         if report.service in self.services or len(self.services) < MAX_SERVICES:
             self.services[report.service] = report
+            self.services_heard[report.service] = now
             self.journal.mark("service", "", report.service)
 
     def on_decision(self, decision: DecisionMade, now: float) -> None:

@@ -83,7 +83,10 @@ class ShownArm(msgspec.Struct, omit_defaults=True):
 
 
 class ShownService(msgspec.Struct, omit_defaults=True):
+    """`uptime_s` is what it said at `heard`, by the clock of `Shown.now`."""
+
     service: str
+    heard: float
     version: str = ""
     uptime_s: float = 0.0
     problem: str = ""
@@ -278,4 +281,11 @@ def _arm(row: ArmRow) -> ShownArm:
 
 def _service(state: State, name: str) -> ShownService:
     report = state.services[name]
-    return ShownService(name, report.version, report.uptime_s, report.problem, report.counters)
+    return ShownService(
+        name,
+        state.services_heard[name],
+        report.version,
+        report.uptime_s,
+        report.problem,
+        report.counters,
+    )

@@ -180,6 +180,8 @@ class DeviceSummary(Record, frozen=True):
     rounds: Count = 0
     reward: Finite = 0.0
     problem: str = ""
+    rows_refused: Count = 0
+    """Rows beside `rows`, held-out ones among them, that it cannot use."""
 
 
 class DevicesListed(Message, frozen=True):

@@ -8,7 +8,7 @@ from shared.messages.base import Message, Name, Seconds
 
 
 class ServiceReport(Message, frozen=True):
-    """A service's counters since it started; sent every few seconds while they change."""
+    """A service's counters since it started; sent when they change, and each minute."""
 
     service: Name
     version: Annotated[str, Meta(max_length=40)]

@@ -46,10 +46,10 @@ async def figures() -> list[Figure]:
     largest = Counter({name: size for name, (size, _) in edge.items()}).most_common(LARGEST)
     return [
         Figure("install.seconds", seconds, "s"),
-        Figure("install.edge_mb", total, "MB", peer_total, target=150),
-        Figure("install.edge_disk_mb", on_disk, "MB", peer_on_disk),
-        Figure("install.edge_slim_mb", slim, "MB", total),
-        *(Figure(f"install.edge_mb.{name}", size / MB, "MB") for name, size in largest),
+        Figure("install.edge_mb", total, "MiB", peer_total, target=150),
+        Figure("install.edge_disk_mb", on_disk, "MiB", peer_on_disk),
+        Figure("install.edge_slim_mb", slim, "MiB", total),
+        *(Figure(f"install.edge_mb.{name}", size / MB, "MiB") for name, size in largest),
     ]
 
 

@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 
-from shared import subjects
+import pytest
+
+from shared import service, subjects
 from shared.clock import SystemClock
 from shared.codec import decode
 from shared.memory_bus import MemoryBroker
@@ -52,3 +54,17 @@ async def test_a_service_reports_its_bytes_with_other_news_and_not_as_news() -> 
         telling.cancel()
     assert "link_bytes_out" not in first.counters  # nothing had been sent
     assert second.counters["link_bytes_out"] > 0
+
+
+async def test_a_service_without_news_reports_again_for_who_listens_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(service, "REPEAT_S", 0.05)
+    broker = MemoryBroker()
+    bus, listener = broker.connect("service"), broker.connect("listener")
+    telling = asyncio.create_task(report_counters(bus, "x", Counters(), SystemClock(), 0.005))
+    await asyncio.sleep(0.02)
+    async with asyncio.timeout(5.0), listener.subscribe(subjects.service("x")) as heard:
+        report = decode((await anext(heard)).data, ServiceReport)
+    telling.cancel()
+    assert report.uptime_s > 0.0

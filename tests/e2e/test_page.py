@@ -141,8 +141,11 @@ class Stage:
         return await self.page.value(expression)
 
 
-def a_spec(rounds: int) -> JobSpec:
-    return JobSpec(task=Task(loss="tokens"), tuning=Tuning(rounds=rounds))
+LABELLED = Task(loss="choices", template="{text}", labels={"a": "yes", "b": "no"})
+
+
+def a_spec(rounds: int, task: Task = LABELLED) -> JobSpec:
+    return JobSpec(task=task, tuning=Tuning(rounds=rounds))
 
 
 @asynccontextmanager
@@ -243,8 +246,13 @@ async def test_the_page_shows_a_job_as_it_goes_and_strangers_words_as_words(
             await page.press("ArrowLeft")
         await stage.shows("deadline", "#readout")
 
-        await stage.log.append("second", JobOpened(job="second", spec=a_spec(7)))
+        without_answers = a_spec(7, Task(loss="tokens"))
+        hides = "['#tile-accuracy', '#chart-accuracy'].map((e) => document.querySelector(e).hidden)"
+        assert await page.value(hides) == [False, False]
+        await stage.log.append("second", JobOpened(job="second", spec=without_answers))
         await stage.shows("0 of 7", "#figure-round")  # the page follows the newest job
+        await stage.shows("every 50 rounds and at the end", "#published")
+        assert await page.value(hides) == [True, True]
         choose = "const s = document.querySelector('#job'); s.value = 'demo'; "
         await page.value(f"(() => {{ {choose} s.dispatchEvent(new Event('change')); }})()")
         await stage.shows("8 of 20", "#figure-round")

@@ -17,7 +17,7 @@ JOB = {
 }  # fmt: skip
 DEVICE = {
     "device", "seen_s_ago", "away", "job", "doing", "rows", "tokens_per_s", "rounds", "reward",
-    "problem",
+    "problem", "rows_refused",
 }  # fmt: skip
 SUBMITTED = {"job", "model", "architecture", "parameters", "adapter", "labels"}
 """The keys that scripts may rely on."""

@@ -292,7 +292,14 @@ async def test_it_measures_what_it_is_asked_and_drains_on_sigterm(
         await wait_until(lambda: fleet.report.problem == "stopped")
         await edge.start()
         await wait_until(lambda: not fleet.report.problem, what="a start clears it")
-    assert "Traceback" not in (tmp_path / "edge.log").read_text()
+    text = (tmp_path / "edge.log").read_text()
+    assert "Traceback" not in text
+    told = [json.loads(line) for line in text.splitlines()]
+    (refused,) = [line for line in told if line["event"] == "rows_refused"]
+    assert (refused["count"], refused["of"]) == (4, 16)
+    waiting = [line["why"] for line in told if line["event"] == "waiting_for_work"]
+    assert waiting == ["nothing to do"] * 2, "once at each start, and not between two pieces"
+    assert "work_timeout_s" not in told[0]["settings"], "only what differs from its default"
 
 
 async def test_a_drain_without_a_broker_does_not_wait_for_its_goodbye(

@@ -65,6 +65,7 @@ async def test_one_answer_is_printed_or_is_json_and_a_pipe_is_a_message(
         proxy.url = "http://127.0.0.1:9"
         code, text = await seedwire(proxy, "chat", "-m", "hello")
         assert (code, "no server answers at http://127.0.0.1:9" in text) == (69, True)
+        assert "start one with `seedwire up`" in text
         proxy.url = url
 
 
@@ -100,7 +101,7 @@ async def test_lines_are_labelled_and_versions_rolled_back_from_the_console(
         code, text = await seedwire(proxy, "serve", "rollback", "--json")
         assert (code, json.loads(text)["serving"]) == (0, "mail@1")
         code, text = await seedwire(proxy, "serve", "rollback")
-        assert (code, "an older one is not on disk" in text) == (1, True)
+        assert (code, "no version older than round 1 is kept" in text) == (1, True)
         code, text = await seedwire(proxy, "serve", "follow")
         assert (code, "mail@2 serves" in text) == (0, True)
     await link.close()

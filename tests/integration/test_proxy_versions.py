@@ -133,6 +133,7 @@ async def test_the_numbers_are_those_that_the_devices_tune_by(
             told = await proxy.complete(shown, **options)
             base = await proxy.complete(shown, model="base", **options)
             _, classified = await proxy.post("/v1/classify", {"text": text})
+            _, untuned = await proxy.post("/v1/classify", {"text": text, "model": "base"})
     losses = [-sum(choice["logprobs"]["token_logprobs"][1:]) for choice in told["choices"]]
     plain = [-sum(choice["logprobs"]["token_logprobs"][1:]) for choice in base["choices"]]
     assert np.abs(np.array(losses) - plain).min() > 0.01
@@ -157,6 +158,9 @@ async def test_the_numbers_are_those_that_the_devices_tune_by(
     assert list(classified["probabilities"].values()) == pytest.approx(shares, abs=1e-3)
     assert classified["label"] == list(task.labels)[int(shares.argmax())]
     assert classified["model"] == "job@1"
+    shares = np.exp(-measured(engine, adaptation, np.zeros_like(numbers), asked))
+    assert list(untuned["probabilities"].values()) == pytest.approx(shares, abs=1e-3)
+    assert untuned["model"] == "base"
     engine.close()
 
 

@@ -17,6 +17,7 @@ import msgspec
 import pytest
 from aiohttp import ClientSession
 
+from services.console import broker_checks
 from services.console.failure import EXIT_FAILURE
 from shared import nats_bus, subjects
 from shared.blobs import reference
@@ -95,15 +96,18 @@ async def up(path: Path, *more: str) -> AsyncGenerator[asyncio.subprocess.Proces
 async def announced(process: asyncio.subprocess.Process) -> tuple[str, str]:
     """The broker's and telemetry's addresses, once everything is up."""
     assert process.stdout is not None
-    broker = telemetry = ""
+    broker = telemetry = page = ""
     async with asyncio.timeout(START_S):
         async for line in process.stdout:
             text = line.decode()
             if text.startswith("broker "):
                 broker = text.split()[1]
+            elif text.startswith("page "):
+                page = text.split()[1]
             elif text.startswith("telemetry "):
                 telemetry = text.split()[1].removesuffix("/metrics,")
             elif "seedwire job submit" in text:
+                assert page == f"{telemetry}/"
                 return broker, telemetry
     raise AssertionError("it ended before it was up")
 
@@ -204,6 +208,10 @@ async def test_who_expects_another_certificate_is_seen_by_the_operator(tmp_path:
         bus = await nats_bus.connect(fleet.servers, name="t", credentials=fleet.credentials())
         try:
             async with bus.subscribe(subjects.REFUSED) as deliveries:
+                found, _ = await broker_checks.greeting(broker)
+                assert [one.state for one in found] == ["ok"]
+                with pytest.raises(TimeoutError):  # `seedwire doctor`'s look is no refusal
+                    await asyncio.wait_for(anext(deliveries), 1.0)
                 with pytest.raises(TransientError, match="CERTIFICATE_VERIFY_FAILED"):
                     await nats_bus.connect([broker], name="stranger", patience_s=1.0)
                 async with asyncio.timeout(START_S):
@@ -211,7 +219,7 @@ async def test_who_expects_another_certificate_is_seen_by_the_operator(tmp_path:
         finally:
             await bus.close()
         assert seen.host == "127.0.0.1"
-        assert "gone before it said who it is" in seen.reason
+        assert "it does not trust the certificate, or only tried the port" in seen.reason
 
 
 def runs(process_id: int) -> bool:

@@ -98,6 +98,29 @@ def test_help_explains_each_setting(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--password VALUE [EX_PASSWORD]" in told
 
 
+def test_what_differs_from_its_default_is_shown_alone_if_asked() -> None:
+    told = config.shown(Example(password="secret", trusted=True), changed_only=True)
+    assert told == {"password": "***", "trusted": True}
+
+
+def test_a_variable_that_sets_nothing_is_told_with_the_setting_it_may_have_meant() -> None:
+    environ = {
+        "EX_SERVER": "nats://me:secret@a:1",
+        "EX_THREADS": "2",
+        "EX_SERVICE_HOST": "10.0.0.1",  # from here on as Kubernetes sets them for a Service `ex`
+        "EX_SERVICE_PORT": "80",
+        "EX_SERVICE_PORT_HTTP": "80",
+        "EX_PORT": "tcp://10.0.0.1:80",
+        "EX_PORT_80_TCP_ADDR": "10.0.0.1",
+        "EX_METRICS_PORT": "tcp://10.0.0.2:80",
+        "OTHER_SERVER": "x",
+    }
+    told = config.misspelt(Example, "EX", environ)
+    assert told == ["EX_SERVER sets nothing; did you mean EX_SERVERS?"]
+    assert load(**environ) == Example(threads=2)
+    assert load(EX_PORT="81").port == 81
+
+
 def test_secrets_are_not_shown() -> None:
     settings = Example(servers=("nats://me:secret@host:4222",), password="secret")
     assert "secret" not in str(config.shown(settings))

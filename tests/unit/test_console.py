@@ -98,7 +98,8 @@ def test_two_words_with_the_same_first_token_are_refused_by_name() -> None:
     facts = msgspec.structs.replace(some_facts(), tokens=[5, 6, 5])
     labels = {"a": " sport", "b": " world", "c": " sports"}
     with pytest.raises(
-        Failure, match=r"' sport' and ' sports' .* --labels c=WORD, to --labels-from"
+        Failure,
+        match=r"' sport' and ' sports' .*: add --labels c=WORD \(it goes with --labels-from",
     ):
         manifest(facts, AdapterOptions(), labels=labels, variant=VARIANT, seed=7, momentum=False)
 

@@ -480,6 +480,7 @@ async def test_a_broker_that_cannot_start_says_why_in_one_line(tmp_path: Path) -
         ("job submit --name x --model none.gguf", EXIT_USAGE, "no such file"),
         ("job submit --name a.b --model {model}", EXIT_USAGE, "A-Z"),
         ("job submit --name x --model {model} --labels a=1,a=2", EXIT_USAGE, "twice"),
+        ("job submit --name x --model {model} --labels World", EXIT_USAGE, "name at least two"),
         ("job submit --name x --model {model} --spec none.toml", EXIT_CONFIG, "none.toml"),
         ("job submit --name x --model {model} --eps=-1", EXIT_USAGE, "--eps"),
         ("up --device broken", EXIT_USAGE, "NAME=DATA"),

@@ -1,5 +1,6 @@
 """What the edge daemon decides, without clock or I/O; and what it must not load."""
 
+import gzip
 import subprocess
 import sys
 from pathlib import Path
@@ -133,6 +134,13 @@ def test_settings_that_cannot_work_name_the_mend(tmp_path: Path) -> None:
     empty.touch()
     with pytest.raises(ConfigError, match=r"heldout: .* is empty; name a JSONL or CSV file"):
         completed(Settings(device="a", heldout=str(empty), trusted=True))
+    model = tmp_path / "model.gguf"
+    model.write_bytes(b"GGUF\x03\0\0\0")
+    with pytest.raises(ConfigError, match="is not text; give JSONL or CSV rows"):
+        completed(Settings(device="a", data=str(model)))
+    packed = tmp_path / "rows.jsonl.gz"
+    packed.write_bytes(gzip.compress(b'{"text": "t"}'))
+    assert completed(Settings(device="a", data=str(packed))).data
     with pytest.raises(ConfigError, match=r"models: /nowhere/m\.gguf cannot be read; name a GGUF"):
         completed(Settings(device="a", data=__file__, models=["/nowhere/m.gguf"]))
     with pytest.raises(ConfigError, match="use 1 to 64"):

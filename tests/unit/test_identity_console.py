@@ -10,6 +10,7 @@ from services.console import access
 from services.console.__main__ import app
 from services.console.durations import seconds
 from services.console.failure import Usage
+from services.console.handshakes import Handshakes
 from shared.errors import ConfigError
 from shared.identity.access import Access
 
@@ -93,3 +94,14 @@ def test_keys_are_made_by_a_command_and_not_twice(user: Path) -> None:
 def test_a_command_that_cannot_be_says_why(user: Path, line: str, code: int, why: str) -> None:
     said = CliRunner().invoke(app, line.split())
     assert (said.exit_code, why in said.stderr) == (code, True), said.output
+
+
+def test_a_failed_handshake_is_told_of_and_a_look_at_the_port_is_not() -> None:
+    handshakes = Handshakes()
+    line = "[7] 2026/01/01 00:00:00.1 [ERR] 192.0.2.7:49612 - cid:9 - TLS handshake error: "
+    handshakes.hear(
+        line + "read tcp 192.0.2.1:4222->192.0.2.7:49612: read: connection reset by peer"
+    )
+    assert not handshakes.waiting
+    handshakes.hear(line + "tls: first record does not look like a TLS handshake\n")
+    assert handshakes.waiting == 1

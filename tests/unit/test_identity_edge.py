@@ -11,6 +11,9 @@ def test_an_identity_fills_in_what_is_not_said(tmp_path: Path) -> None:
     settings = Settings(device="a", data="d", state_dir=str(tmp_path))
     assert completed_by_identity(settings).servers == DEFAULT_SERVERS
     assert not identity.enrolled(tmp_path)
+    mend = identity.credentials(settings).mend
+    assert "no identity" in mend
+    assert "seedwire-edge enroll TICKET --device a" in mend
     identity.keep(tmp_path, ["nats://h:1"], "CREDS", "CA", "seedwire")
     assert identity.enrolled(tmp_path)
     found = completed_by_identity(settings)

@@ -1,5 +1,9 @@
 """Logs: what comes too often is left out and counted."""
 
+import os
+import pty
+import subprocess
+import sys
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -28,6 +32,20 @@ def test_one_event_a_million_times_costs_few_lines_and_hides_no_other() -> None:
     now = 60.0
     again = lines("update_rejected", 1)
     assert again == [{"event": "update_rejected", "left_out": 10_000 - int(BURST)}]
+
+
+@pytest.mark.parametrize("no_color", ["", "1"])
+def test_a_terminal_gets_lines_for_people_in_colour_unless_that_is_unwanted(no_color: str) -> None:
+    program = "from shared import logs; logs.configure('t'); logs.get('t').info('fact', rows=3)"
+    master, slave = pty.openpty()
+    environment = {**os.environ, "NO_COLOR": no_color, "TERM": "xterm"}
+    subprocess.run([sys.executable, "-c", program], stderr=slave, env=environment, check=True)
+    os.close(slave)
+    line = os.read(master, 4096).decode()
+    os.close(master)
+    assert "fact" in line
+    assert "{" not in line
+    assert ("\x1b[" in line) == (not no_color)
 
 
 @pytest.mark.parametrize("method", ["info", "warning"])

@@ -72,12 +72,16 @@ def test_rollback_goes_one_back_again_and_again_and_follow_returns() -> None:
     a_log(versions, ("a", 8), start=20)
     assert wanted(versions) == "a@5"
     assert versions.of("a").name == "a@5"
-    with pytest.raises(UnknownVersion, match="a: an older one is not on disk; rounds 5, 6, 7 are"):
+    with pytest.raises(
+        UnknownVersion, match="a: no version older than round 5 is kept; on disk: rounds 5, 6, 7"
+    ):
         versions.rollback(versions.wanted(), None)
     versions.follow()
     assert wanted(versions) == "a@8"
     assert versions.rollback(versions.wanted(), 6) == Pin("a", 6)
-    with pytest.raises(UnknownVersion, match="round 8 is not on disk"):
+    with pytest.raises(
+        UnknownVersion, match="no version of round 8 is kept; on disk: rounds 5, 6, 7"
+    ):
         versions.rollback(versions.wanted(), 8)
 
 

@@ -195,6 +195,13 @@ def test_who_cannot_help_with_one_job_helps_with_the_next() -> None:
     assert fleet.state.listed(0.0).devices[0].problem == "job mistaken: no usable row"
 
 
+@pytest.mark.parametrize(("told", "listed"), [(157, 157), (-1, 0), (2**63, 2**53)])
+def test_refused_rows_are_listed_whatever_a_device_says(told: int, listed: int) -> None:
+    fleet = Fleet(replace(a_report("d0"), counters={"rows_refused": told}))
+    (device,) = fleet.state.listed(0.0).devices
+    assert device.rows_refused == listed
+
+
 def test_an_absurd_speed_costs_no_call() -> None:
     fleet = Fleet(a_job(), a_report("d0", probe_s=5e-324), a_report("d1"), a_round())
     assert set(fleet.call()) == {"d0", "d1"}

@@ -41,8 +41,11 @@ from tests.support.waiting import wait_until
 DIGEST = "d" * 64
 
 
-def opened(job: str = "demo", rounds: int = 3) -> JobOpened:
-    return JobOpened(job=job, spec=JobSpec(task=Task(loss="tokens"), tuning=Tuning(rounds=rounds)))
+LABELLED = Task(loss="choices", template="{text}", labels={"a": "yes", "b": "no"})
+
+
+def opened(job: str = "demo", rounds: int = 3, task: Task = LABELLED) -> JobOpened:
+    return JobOpened(job=job, spec=JobSpec(task=task, tuning=Tuning(rounds=rounds)))
 
 
 def round_opened(round: int, job: str = "demo") -> RoundOpened:
@@ -178,7 +181,7 @@ def test_every_counter_there_is_becomes_a_metric_that_prometheus_reads() -> None
     known = State()
     counters = {name: number for number, name in enumerate(COUNTERS, start=1)}
     known.on_service_report(
-        ServiceReport(service="aggregator", version="0", uptime_s=1.0, counters=counters)
+        ServiceReport(service="aggregator", version="0", uptime_s=1.0, counters=counters), 0.0
     )
     known.on_device_report(a_report("phone", updates_sent=7, of_a_later_version=1), 0.0)
     read = samples(known)
@@ -198,6 +201,17 @@ def test_jobs_become_gauges() -> None:
     assert read["seedwire_job_accuracy", ("demo",)] == 0.75
     assert read["seedwire_job_heldout_loss", ("demo",)] == 2.0
     assert read["seedwire_job_rounds_closed_total", ("demo", "enough")] == 1
+
+
+def test_a_job_without_right_answers_has_no_accuracy() -> None:
+    known = State()
+    known.on_event(opened(task=Task(loss="tokens")))
+    known.on_event(evaluated(1, correct=0, examples=4, loss=8.0))
+    read = samples(known)
+    assert ("seedwire_job_accuracy", ("demo",)) not in read
+    assert read["seedwire_job_heldout_loss", ("demo",)] == 2.0
+    told = known.jobs["demo"].summary()
+    assert (told["accuracy"], told["heldout_loss"], told["has_answers"]) == (None, 2.0, False)
 
 
 def test_devices_without_series_of_their_own_are_summed_over_restarts(

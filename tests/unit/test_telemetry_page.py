@@ -304,7 +304,7 @@ def test_refused_connections_are_shown_with_what_the_registrar_counted() -> None
     counters = {"connections_refused": 7, "devices_revoked": 2}
     known = observer.state
     known.on_service_report(
-        ServiceReport(service="registrar", version="0", uptime_s=1.0, counters=counters)
+        ServiceReport(service="registrar", version="0", uptime_s=1.0, counters=counters), 1.0
     )
     known.on_refused(ConnectionRefused(reason="its key was revoked", name="tablet", count=3), 1.0)
     _, now = told(speaker, reader)
@@ -317,6 +317,14 @@ def test_refused_connections_are_shown_with_what_the_registrar_counted() -> None
     )
     known.on_settled("d0", settled("d0", "rejected", "wrong adapter"), 2.0)
     assert told(speaker, reader)[1]["refused_updates"][0]["reason"] == "wrong adapter"
+
+
+def test_a_service_is_shown_with_when_it_said_how_long_it_had_been_up() -> None:
+    observer, speaker = a_speaker(0)
+    report = ServiceReport(service="scheduler", version="0", uptime_s=60.0, counters={})
+    observer.state.on_service_report(report, 12.5)
+    (shown,) = told(speaker, Reader(""))[1]["services"]
+    assert (shown["heard"], shown["uptime_s"]) == (12.5, 60.0)
 
 
 # Over HTTP

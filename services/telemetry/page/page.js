@@ -9,6 +9,7 @@ import { bytes, count, figure, lasting, percent, plural, spaced } from "./words.
 
 const OUTCOMES = ["folded", "late", "duplicate", "too_late", "rejected"];
 const AGAIN_MS = 10000;
+const SILENT_S = 180; // three reports missed
 
 // ---- the stream
 
@@ -48,6 +49,7 @@ function drawFigures() {
   write("figure-round", job.job === undefined ? "–" : count(job.round), planned);
   $("progress").value = job.rounds_planned ? Math.min(1, job.round / job.rounds_planned) : 0;
   const measured = byRound(known.evaluations), first = measured[0], last = measured.at(-1);
+  $("tile-accuracy").hidden = job.has_answers === false;
   write("figure-accuracy", last ? percent(last.accuracy ?? 0) : "–");
   write("figure-heldout", last ? figure(last.loss ?? 0) : "–");
   say($("sub-accuracy"), last ? `${percent(first.accuracy ?? 0)} at round ${first.round}` : "not measured yet");
@@ -136,7 +138,9 @@ function drawServices() {
     }
     const [line, problem, list] = each.children;
     say(line.children[0], row.service);
-    say(line.children[1], `up ${lasting(Math.max(60, row.uptime_s ?? 0))} · version ${row.version ?? "?"}`);
+    const silent = age(row.heard), up = (row.uptime_s ?? 0) + silent;
+    const says = silent > SILENT_S ? `silent for ${lasting(silent)}` : `up ${lasting(Math.max(60, up))}`;
+    say(line.children[1], `${says} · version ${row.version ?? "?"}`);
     say(problem, row.problem ?? "");
     if (each.open) fillService(list, Object.entries(row.counters ?? {}).filter(([, value]) => value));
   });
@@ -157,14 +161,22 @@ const publishedTable = new Table($("published"), [
   { name: "size", title: "Size", className: "n", value: (row) => row.size_bytes, text: (row) => bytes(row.size_bytes) },
 ], { key: "round", more: $("published-more"), limit: 8, sort: "round", down: true, nothing: "None published yet." });
 
+function drawPublished() {
+  const every = chosen().snapshot_every;
+  const when = every ? ` A version is published every ${plural(every, "round").replace(/^1 /, "")} and at the end.` : "";
+  publishedTable.hint(`None published yet.${when}`);
+  publishedTable.draw([...known.published.values()]);
+  say($("published-count"), known.published.size ? count(known.published.size) : "");
+}
+
 // ---- drawing
 
 Object.assign(drawn, {
-  jobs: () => { drawJobs(); drawFigures(); },
+  jobs: () => { drawJobs(); drawFigures(); drawPublished(); },
   fleet: () => { drawLink(); drawFigures(); drawUpdates(); drawDevices(false); },
   rounds: () => { drawFigures(); drawRounds(); },
   evaluations: () => { drawFigures(); drawRounds(); },
-  published: () => { publishedTable.draw([...known.published.values()]); say($("published-count"), known.published.size ? count(known.published.size) : ""); },
+  published: drawPublished,
   devices: () => drawDevices(false),
   arms: drawArms,
   services: drawServices,
@@ -179,7 +191,7 @@ $("job").addEventListener("change", (event) => {
   listen();
 });
 new ResizeObserver(() => { dirty.add("rounds"); ask(); }).observe($("chart-loss"));
-setInterval(() => { if (!document.hidden) { dirty.add("devices").add("refused"); ask(); } }, 5000);
+setInterval(() => { if (!document.hidden) { dirty.add("devices").add("refused").add("services"); ask(); } }, 5000);
 for (const name of Object.keys(drawn)) dirty.add(name);
 ask();
 listen();

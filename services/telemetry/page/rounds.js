@@ -55,6 +55,7 @@ export function drawRounds() {
   const all = [...rounds, ...evaluations].map((row) => row.round);
   span = all.length ? [rounds[0]?.round ?? all[0], Math.max(rounds.at(-1)?.round ?? 0, 1)] : [0, 1];
   const shown = { rounds, evaluations: evaluations.filter((row) => row.round >= span[0]) };
+  $("chart-accuracy").hidden = chosen().has_answers === false;
   for (const chart of charts) chart.draw(shown, span);
   for (const lane of lanes) lane.draw(rounds, span, chosen().closed?.[lane.reason] ?? 0);
   const scrub = $("scrub");
@@ -74,7 +75,8 @@ function drawLooked() {
     facts.push(["Round", count(round)], [row.kind === "evaluate" ? "evaluation" : "", row.reason ?? "open"]);
     facts.push(["devices", `${count(row.devices)} of ${count(row.wanted)}`], ["probes", `${count(row.probes)} of ${count(row.wanted_probes)}`]);
     facts.push(["loss", figure(row.loss)], ["signal to noise", figure(row.signal)], ["late", count(row.late)]);
-    if (measured) facts.push(["held-out accuracy", percent(measured.accuracy ?? 0)], ["held-out loss", figure(measured.loss ?? 0)]);
+    if (measured && chosen().has_answers !== false) facts.push(["held-out accuracy", percent(measured.accuracy ?? 0)]);
+    if (measured) facts.push(["held-out loss", figure(measured.loss ?? 0)]);
   }
   const text = facts.map((fact) => fact.join(" ")).join(", ") || "No round yet.";
   scrub.setAttribute("aria-valuetext", text);

@@ -33,6 +33,11 @@ export class Table {
     this.mark();
   }
 
+  // What stands in the place of rows where there are none.
+  hint(text) {
+    say(this.empty.firstChild, text);
+  }
+
   header(column) {
     const cell = element("th", `c-${column.name} ${column.className ?? ""}`);
     cell.scope = "col";
