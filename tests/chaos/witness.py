@@ -189,7 +189,7 @@ class Witness:
         one = job.rounds[number]
         sums: dict[int, list[int]] = defaultdict(lambda: [0, 0, 0])
         late: Coefficients = defaultdict(int)
-        lates = 0
+        late_sums = 0
         for row in event["updates"]:
             update = self._update(job, event, row)
             if update is None:
@@ -198,14 +198,14 @@ class Witness:
             if result["kind"] == "evaluate":
                 job.evaluations[sequence, row["round"]] = 0
             elif row["outcome"] == "late":
-                lates += 1
+                late_sums += 1
                 for key, value in late_term(
                     job.rounds[row["round"]], result, number - row["round"]
                 ).items():
                     late[key] += value
             else:
                 self._count(one, result, sums)
-        if why := differ(of_terms(event["late"]), late, by=lates):
+        if why := differ(of_terms(event["late"]), late, by=late_sums):
             self.wrong(f"late terms at DETAIL {sequence}: {why}")
         for key, value in of_terms(event["late"]).items():
             one.late[key] += value
