@@ -63,7 +63,7 @@ class About:
     def opened(self, held: Held) -> None:
         """The engine has read the data for a job."""
         self._counters.put("rows_refused", held.refused_rows)
-        news = [refusal for refusal in held.refused if refusal not in self._refused]
+        news = [one for one in dict.fromkeys(held.refused) if one not in self._refused]
         self._refused.update(news)
         for refusal in news[:REFUSALS_LOGGED]:
             log.warning("row_refused", row=refusal)

@@ -292,6 +292,8 @@ async def test_it_measures_what_it_is_asked_and_drains_on_sigterm(
         await wait_until(lambda: fleet.report.problem == "stopped")
         await edge.start()
         await wait_until(lambda: not fleet.report.problem, what="a start clears it")
+        log = tmp_path / "edge.log"
+        await wait_until(lambda: log.read_text().count("waiting_for_work") == 2)
     text = (tmp_path / "edge.log").read_text()
     assert "Traceback" not in text
     told = [json.loads(line) for line in text.splitlines()]
