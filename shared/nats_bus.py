@@ -16,7 +16,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
-from shared.bus import INBOX, Delivery, Traffic
+from shared.bus import INBOXES, Delivery, Traffic
 from shared.clock import backoff_s
 from shared.credentials import (
     CONNECT_TIMEOUT_S,
@@ -429,13 +429,15 @@ class NatsBus(JetStream):
         active = await client.subscribe(
             subscribed.subject,
             queue=subscribed.queue,
-            cb=self._into(subscribed.mailbox, answered=INBOX),
+            cb=self._into(subscribed.mailbox, answered=INBOXES),
         )
         subscribed.active = active
         if subscribed not in self._subscribed:
             await active.unsubscribe()
 
-    def _into(self, mailbox: Mailbox, answered: str = "") -> Callable[[Msg], Awaitable[None]]:
+    def _into(
+        self, mailbox: Mailbox, answered: str | tuple[str, ...] = ""
+    ) -> Callable[[Msg], Awaitable[None]]:
         """Puts what comes into `mailbox`; only where `answered` begins is an answer sent."""
 
         async def deliver(message: Msg) -> None:

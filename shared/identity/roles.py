@@ -1,15 +1,20 @@
 """What each kind of identity may publish and subscribe to: the one place that says so.
 
-The account's token carries these as templates of its signing keys, so that a device's own token
+An account's token carries these as templates of its signing keys, so that a device's own token
 stays small and a change here holds for every device when the registrar starts next. nats-server
 puts an identity's name where SELF stands.
+
+Devices and strangers have an account of their own, which knows of the fleet's what BRIDGE says.
+nats-server answers wherever it is asked to, whatever the asker may publish; in that account there
+is nothing to delete and no log to write.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from shared import subjects
+from shared.identity import claims
 
 Role = Literal["device", "service", "observer", "operator", "outsider"]
 
@@ -102,6 +107,38 @@ RIGHTS: Mapping[Role, Rights] = {
         subscribe=(f"{subjects.PREFIX}.events.>", f"{subjects.PREFIX}.decision.>", "_INBOX.>"),
     ),
 }
+
+GUESTS: frozenset[Role] = frozenset({"device", "outsider"})
+"""Who belongs to the account of devices and strangers."""
+
+ANSWERED_WITHIN_S = 30
+"""How long nats-server remembers where an answer goes; longer than any guest waits for one."""
+
+BRIDGE: Sequence[Mapping[str, object]] = (
+    *(
+        claims.served(subject, answers="Singleton", within_s=ANSWERED_WITHIN_S)
+        for subject in (
+            subjects.ALL_WORK,
+            subjects.ALL_UPDATES,
+            subjects.ALL_REPORTS,
+            subjects.ENROLL,
+        )
+    ),
+    *(
+        claims.served(subject, answers="Stream", within_s=ANSWERED_WITHIN_S)
+        for subject in _direct_get(subjects.LOG_STREAM, subjects.BLOBS_STREAM)
+    ),
+    *(
+        claims.told(subject)
+        for subject in (
+            f"{subjects.PREFIX}.events.>",
+            f"{subjects.PREFIX}.decision.>",
+            subjects.wake("*"),
+            subjects.ALL_SETTLED,
+        )
+    ),
+)
+"""What the fleet's account exports to the guests': all that passes between them."""
 
 JOINER_RIGHTS: Mapping[str, object] = {
     **Rights(publish=(subjects.ENROLL,), subscribe=(f"{JOINER_INBOX}.>",)).permissions(),

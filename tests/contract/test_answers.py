@@ -71,11 +71,6 @@ async def test_a_stranger_makes_no_service_write_to_the_log(tmp_path: Path) -> N
         await service.close()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="nats-server answers a Direct Get wherever it is told to, its own API included; devices "
-    "need an account of their own, which imports what they may read",
-)
 @pytest.mark.parametrize("reply", [subjects.log("victim"), "$JS.API.STREAM.DELETE.LOG"])
 async def test_a_device_makes_the_broker_write_or_delete_nothing(
     tmp_path: Path, reply: str

@@ -277,10 +277,12 @@ async def test_a_revoked_device_is_put_out_within_a_second_and_stays_out(fleet: 
     system = await fleet.connect(fleet.authority.system_creds)
     try:
         async with coming(fleet, str(creds)) as device:
-            token = keys.account_token({public_key(creds): int(time.time())}, int(time.time()))
+            now = int(time.time())
+            tokens = keys.account_tokens({public_key(creds): now}, now)
             began = time.monotonic()
-            answer = await system.request(CLAIMS_UPDATE, token.encode(), timeout_s=5)
-            assert b"200" in answer
+            for token in tokens:
+                answer = await system.request(CLAIMS_UPDATE, token.encode(), timeout_s=5)
+                assert b"200" in answer
             await wait_until(lambda: device.client.is_closed, timeout_s=5)
             assert time.monotonic() - began < 1.0
         for _ in range(2):  # the second time with a broker that has forgotten nothing
