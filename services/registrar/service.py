@@ -11,7 +11,7 @@ from services.registrar import refusals
 from services.registrar.config import Settings
 from services.registrar.journal import Journal
 from services.registrar.refusals import Refusals, plain
-from services.registrar.state import Fact, State, hashed
+from services.registrar.state import Accounts, Fact, State, hashed
 from shared import subjects
 from shared.bus import Bus, Delivery
 from shared.clock import Clock
@@ -67,6 +67,7 @@ class Registrar:
         self._bus = bus
         self._system = system
         self._keys = keys
+        self._accounts = Accounts(fleet=keys.account, guests=keys.guests)
         self._journal = journal
         self._settings = settings
         self._clock = clock
@@ -210,7 +211,7 @@ class Registrar:
         key = plain(claims.sub) if claims else ""
         await self._tell(
             ConnectionRefused(
-                reason=self.state.why_refused(claims, self._keys.guests, self._wall()),
+                reason=self.state.why_refused(claims, self._accounts, self._wall()),
                 name=plain(_called(client.name, claims)),
                 host=plain(client.host),
                 public_key=key,
