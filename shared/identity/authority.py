@@ -56,7 +56,8 @@ class RegistrarKeys(msgspec.Struct, frozen=True):
     def device_token(self, device: str, public_key: str, at: int) -> str:
         """Lets the holder of a key in as `device`."""
         signer = Key(self.device_seed)
-        return claims.scoped_user(device, public_key, signer, account=self.guests, at=at)
+        tags = [claims.RESERVED_EARS]
+        return claims.scoped_user(device, public_key, signer, account=self.guests, at=at, tags=tags)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +200,7 @@ def fleet_token(account: str, signing_keys: SigningKeys, signer: Key, *, at: int
     """The account of services and operators: it has the streams, and one signing key a role."""
     scopes = _scopes(signing_keys, guests=False)
     return claims.account(
-        FLEET, account, signer, at=at, scopes=scopes, streams=True, exports=roles.BRIDGE
+        FLEET, account, signer, at=at, scopes=scopes, streams=True, exports=roles.EXPORTS
     )
 
 
@@ -214,9 +215,14 @@ def guests_token(
 ) -> str:
     """The account of devices and strangers: it has nothing but what the fleet's gives it."""
     scopes = _scopes(signing_keys, guests=True)
-    imports = [claims.imported(export, account) for export in roles.BRIDGE]
     return claims.account(
-        GUESTS, guests, signer, at=at, scopes=scopes, revoked=revoked, imports=imports
+        GUESTS,
+        guests,
+        signer,
+        at=at,
+        scopes=scopes,
+        revoked=revoked,
+        imports=roles.imports(account),
     )
 
 

@@ -14,6 +14,8 @@ from shared.errors import ConfigError
 
 MADE_HERE = "seedwire"
 """The tag of tokens made here: their bearer's inbox carries its name."""
+RESERVED_EARS = "reserved-ears"
+"""The tag of those whose bearer hears the fleet under names that no answer can be sent to."""
 
 UNLIMITED = -1
 
@@ -114,9 +116,11 @@ def account(
     return encode(_claims(name, public, at, nats), signer)
 
 
-def scoped_user(name: str, public: str, signer: Signer, *, account: str, at: int) -> str:
+def scoped_user(
+    name: str, public: str, signer: Signer, *, account: str, at: int, tags: Sequence[str] = ()
+) -> str:
     """A user that may do what the scope of the signing key says, and nothing of its own."""
-    nats = {"issuer_account": account, "tags": [MADE_HERE], "type": "user"}
+    nats = {"issuer_account": account, "tags": [MADE_HERE, *tags], "type": "user"}
     return encode(_claims(name, public, at, nats), signer)
 
 
@@ -155,9 +159,10 @@ def served(
     }
 
 
-def imported(export: Mapping[str, object], account: str) -> dict[str, object]:
-    """The import of an export of `account`, under the same subject."""
-    return {key: export[key] for key in ("name", "subject", "type")} | {"account": account}
+def imported(export: Mapping[str, object], account: str, local: str = "") -> dict[str, object]:
+    """The import of an export of `account`, under the same subject if `local` names no other."""
+    found = {key: export[key] for key in ("name", "subject", "type")} | {"account": account}
+    return {**found, "local_subject": local} if local else found
 
 
 def creds_text(token: str, seed: str) -> str:

@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 import ssl
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from shared.broker import BrokerProcess
 from shared.bus import Delivery
 from shared.codec import encode
 from shared.identity.access import TLS_NAME
+from shared.identity.roles import heard_as
 from shared.log import ensure_streams, follow
 from shared.messages import Enroll, JobEnded
 from tests.support.secured import secured
@@ -136,8 +137,34 @@ async def test_nobody_makes_the_broker_write_or_delete_what_he_may_not(
         await service.close()
 
 
-async def test_what_a_device_has_read_is_no_news_to_another(tmp_path: Path) -> None:
-    """Devices share an account: one may have its answers sent where others listen for events."""
+async def test_a_device_sends_nothing_into_the_ears_of_another(tmp_path: Path) -> None:
+    ears = [subjects.events("mail"), subjects.wake("till-8"), subjects.settled("till-8")]
+    async with secured(tmp_path) as fleet:
+        service = await fleet.connect(fleet.authority.creds("aggregator"))
+        await ensure_streams(service)
+        await service.append(subjects.log("mail"), encode(ended(1)), stream="LOG")
+        evil = await fleet.connect(fleet.device_creds("till-7"))
+        honest = await fleet.connect(fleet.device_creds("till-8"))
+        async with AsyncExitStack() as stack:
+            listening = [await stack.enter_async_context(honest.subscribe(one)) for one in ears]
+            for reply in [*ears, *map(heard_as, ears)]:
+                for subject, bodies in QUESTIONS.items():
+                    for body in bodies:
+                        await evil.send(subject, body, reply=reply)
+            assert await evil.get_last("LOG", subjects.log("mail")) is not None
+            await service.append(subjects.log("mail"), encode(ended(2)), stream="LOG")
+            for subject in ears[1:]:
+                await service.publish(subject, b"true")
+            async with asyncio.timeout(10):
+                heard = [await anext(one) for one in listening]
+        assert [one.subject for one in heard] == ears
+        assert [one.data for one in heard] == [encode(ended(2)), b"true", b"true"]
+        for bus in (evil, honest, service):
+            await bus.close()
+
+
+async def test_what_a_device_has_read_is_no_news_to_an_outsider(tmp_path: Path) -> None:
+    """Outsiders hear events under their own name: a device may have answers sent there."""
     async with secured(tmp_path) as fleet:
         service = await fleet.connect(fleet.authority.creds("aggregator"))
         await ensure_streams(service)
@@ -145,7 +172,8 @@ async def test_what_a_device_has_read_is_no_news_to_another(tmp_path: Path) -> N
             event = replace(ended(number), job=job)
             await service.append(subjects.log(job), encode(event), stream="LOG")
         evil = await fleet.connect(fleet.device_creds("till-7"))
-        honest = await fleet.connect(fleet.device_creds("till-8"))
+        login = fleet.trusting(fleet.authority.creds("outsider"), inbox_prefix="_INBOX")
+        honest = await nats_bus.connect([fleet.broker.url], name="outsider", credentials=login)
         got: list[tuple[int, object]] = []
         async with (
             honest.subscribe(subjects.events("mail")) as ear,
