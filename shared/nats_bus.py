@@ -446,7 +446,7 @@ class NatsBus(JetStream):
         async def deliver(message: Msg) -> None:
             if not message.reply.startswith(answered):
                 message.reply = ""
-            if message.subject.startswith(EARS):
+            if self._reserved_ears and message.subject.startswith(EARS):
                 message.subject = published_as(message.subject)
             if not mailbox.put(_delivery(message)):
                 self._dropped += 1
