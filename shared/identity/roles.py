@@ -126,21 +126,19 @@ RIGHTS: Mapping[Role, Rights] = {
 GUESTS: frozenset[Role] = frozenset({"device", "outsider"})
 """Who belongs to the account of devices and strangers."""
 
-ANSWERED_WITHIN_S = 30
-"""How long nats-server remembers where an answer goes; longer than any guest waits for one."""
-READ_WITHIN_S = 10
-"""The same from one message that is read to the next. It cannot tell the last one, and so keeps
-some 600 bytes a reading for so long: the shorter, the less a flood of readings costs."""
+ANSWERED_WITHIN_S, READ_WITHIN_S, TAKEN_WITHIN_S = 10, 5, 1
+"""How long nats-server remembers who asked, at some 1000 bytes each, so that a flood costs no more:
+as long as anybody waits for an answer, for the next message that is read, and for none at all.
+"""
 
 SERVED: Sequence[Mapping[str, object]] = (
     *(
         claims.served(subject, answers="Singleton", within_s=ANSWERED_WITHIN_S)
-        for subject in (
-            subjects.ALL_WORK,
-            subjects.ALL_UPDATES,
-            subjects.ALL_REPORTS,
-            subjects.ENROLL,
-        )
+        for subject in (subjects.ALL_WORK, subjects.ENROLL)
+    ),
+    *(
+        claims.served(subject, answers="Singleton", within_s=TAKEN_WITHIN_S)
+        for subject in (subjects.ALL_UPDATES, subjects.ALL_REPORTS)
     ),
     *(
         claims.served(subject, answers="Stream", within_s=READ_WITHIN_S)
