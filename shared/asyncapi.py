@@ -14,6 +14,7 @@ from typing import get_args
 from shared import bus, message_schemas, messages, subjects
 from shared.blobs import CHUNK_BYTES
 from shared.codec import MAX_MESSAGE_BYTES
+from shared.identity.roles import EARS
 from shared.message_schemas import MESSAGEPACK, Json, remarks
 
 COMMAND = "python -m shared.asyncapi > deploy/contract/asyncapi.json"
@@ -23,6 +24,7 @@ Subject = str | Callable[..., str]
 WRITER = messages.WriterStarted.__name__
 LOG_EVENTS = (*(kind.__name__ for kind in get_args(messages.LogEvent)), WRITER)
 DETAIL_EVENTS = (*(kind.__name__ for kind in get_args(messages.DetailEvent)), WRITER)
+EARS_TOLD = f"An enrolled device hears it on `{EARS}{{}}`."
 SERVICES = ("aggregator", "registrar", "scheduler", "telemetry", "proxy_inference")
 
 PARTIES = {
@@ -105,7 +107,8 @@ CHANNELS = {
         ("broker",),
         ("device", "scheduler", "telemetry", "proxy_inference", "operator", "outsider"),
         more="A message whose Nats-Last-Sequence is greater than the Nats-Sequence that one had "
-        "last follows a gap: fill it by Direct Get.",
+        f"last follows a gap: fill it by Direct Get. One with {bus.PENDING_HEADER} is not the "
+        f"broker's: pass it over. {EARS_TOLD.format('events.{job}')}",
     ),
     "detail": Channel(
         subjects.detail,
@@ -121,11 +124,23 @@ CHANNELS = {
         ("aggregator",),
         stream=subjects.UPDATES_STREAM,
     ),
-    "settled": Channel(subjects.settled, ("UpdateSettled",), ("aggregator",), ("device",)),
+    "settled": Channel(
+        subjects.settled,
+        ("UpdateSettled",),
+        ("aggregator",),
+        ("device",),
+        more=EARS_TOLD.format("settled.{device}"),
+    ),
     "work": Channel(
         subjects.work, ("RequestWork",), ("device",), ("scheduler",), ("WorkAssigned", "ComeBack")
     ),
-    "wake": Channel(subjects.wake, ("WakeUp",), ("scheduler",), ("device",)),
+    "wake": Channel(
+        subjects.wake,
+        ("WakeUp",),
+        ("scheduler",),
+        ("device",),
+        more=EARS_TOLD.format("wake.{device}"),
+    ),
     "report": Channel(
         subjects.report,
         ("DeviceReport",),

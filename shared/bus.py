@@ -11,8 +11,13 @@ from typing import Protocol
 SEQUENCE_HEADER = "Nats-Sequence"
 LAST_SEQUENCE_HEADER = "Nats-Last-Sequence"
 """On a republished message: its stream sequence, and its subject's one before (0: none)."""
-INBOX = "_INBOX"
-"""An answer goes nowhere else: who asks chooses where, and we may publish where it may not."""
+PENDING_HEADER = "Nats-Num-Pending"
+"""On a message of a batch that somebody has read: he chose where it arrives, so it is no news."""
+INBOXES = ("_INBOX", "_R_.")
+"""An answer goes nowhere else: who asks chooses where, and we may publish where it may not.
+
+`_R_.` is what nats-server puts in place of the inbox of who asks from another account.
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from shared.errors import ConfigError
-from shared.identity.claims import MADE_HERE, decode_unverified, token_of
+from shared.identity.claims import MADE_HERE, RESERVED_EARS, Claims, decode_unverified, token_of
 from shared.identity.roles import inbox_prefix
 
 CONNECT_TIMEOUT_S = 5
@@ -49,6 +49,14 @@ class Credentials:
             return self.inbox_prefix or "_INBOX"
         return inbox_of(Path(self.creds_file))
 
+    def has_reserved_ears(self) -> bool:
+        """Whether it hears the fleet under `roles.heard_as` names.
+
+        Raises:
+            ConfigError: the credentials file cannot be read.
+        """
+        return bool(self.creds_file) and RESERVED_EARS in _said(Path(self.creds_file)).nats.tags
+
 
 def inbox_of(creds: Path) -> str:
     """Where the bearer of a credentials file may listen for answers.
@@ -56,14 +64,18 @@ def inbox_of(creds: Path) -> str:
     Raises:
         ConfigError: the file cannot be read, or holds no token.
     """
+    said = _said(creds)
+    return inbox_prefix(said.name) if MADE_HERE in said.nats.tags else "_INBOX"
+
+
+def _said(creds: Path) -> Claims:
     try:
         text = creds.read_text(encoding="utf-8")
-        claims = decode_unverified(token_of(text, str(creds)))
+        return decode_unverified(token_of(text, str(creds)))
     except OSError as error:
         raise ConfigError(f"creds_file {creds} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise ConfigError(f"creds_file {creds}: {error}") from error
-    return inbox_prefix(claims.name) if MADE_HERE in claims.nats.tags else "_INBOX"
 
 
 def needs_tls(servers: list[str], credentials: Credentials) -> bool:

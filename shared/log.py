@@ -17,6 +17,7 @@ from shared import subjects
 from shared.bus import (
     GAP,
     LAST_SEQUENCE_HEADER,
+    PENDING_HEADER,
     SEQUENCE_HEADER,
     Bus,
     Delivery,
@@ -339,6 +340,8 @@ class _Source(Generic[Kind]):
 
         The header names the one before of the same subject; over all subjects it is the one less.
         """
+        if PENDING_HEADER in news.headers:
+            return 0, 0
         try:
             sequence = int(news.headers[SEQUENCE_HEADER])
             before = int(news.headers[LAST_SEQUENCE_HEADER])

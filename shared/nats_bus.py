@@ -16,7 +16,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
-from shared.bus import INBOX, Delivery, Traffic
+from shared.bus import INBOXES, Delivery, Traffic
 from shared.clock import backoff_s
 from shared.credentials import (
     CONNECT_TIMEOUT_S,
@@ -26,6 +26,7 @@ from shared.credentials import (
     needs_tls,
 )
 from shared.errors import ConfigError, TransientError
+from shared.identity.roles import EARS, heard_as, published_as
 from shared.jetstream import JetStream
 from shared.jetstream_api import NoAnswer, NoResponders
 from shared.logs import get
@@ -138,6 +139,7 @@ class NatsBus(JetStream):
         self._name = name
         self._options = client_options(servers, name, credentials, ping_interval_s)
         self._needs_tls = needs_tls(servers, credentials)
+        self._reserved_ears = credentials.has_reserved_ears()
         self.failure = ""
         """Why the last attempt to connect failed."""
         self._mend = credentials.mend
@@ -426,21 +428,26 @@ class NatsBus(JetStream):
         if subscribed.client is client:
             return
         subscribed.client = client
+        subject = subscribed.subject
         active = await client.subscribe(
-            subscribed.subject,
+            heard_as(subject) if self._reserved_ears else subject,
             queue=subscribed.queue,
-            cb=self._into(subscribed.mailbox, answered=INBOX),
+            cb=self._into(subscribed.mailbox, answered=INBOXES),
         )
         subscribed.active = active
         if subscribed not in self._subscribed:
             await active.unsubscribe()
 
-    def _into(self, mailbox: Mailbox, answered: str = "") -> Callable[[Msg], Awaitable[None]]:
+    def _into(
+        self, mailbox: Mailbox, answered: str | tuple[str, ...] = ""
+    ) -> Callable[[Msg], Awaitable[None]]:
         """Puts what comes into `mailbox`; only where `answered` begins is an answer sent."""
 
         async def deliver(message: Msg) -> None:
             if not message.reply.startswith(answered):
                 message.reply = ""
+            if self._reserved_ears and message.subject.startswith(EARS):
+                message.subject = published_as(message.subject)
             if not mailbox.put(_delivery(message)):
                 self._dropped += 1
 

@@ -11,7 +11,7 @@ from services.registrar import refusals
 from services.registrar.config import Settings
 from services.registrar.journal import Journal
 from services.registrar.refusals import Refusals, plain
-from services.registrar.state import Fact, State, hashed
+from services.registrar.state import Accounts, Fact, State, hashed
 from shared import subjects
 from shared.bus import Bus, Delivery
 from shared.clock import Clock
@@ -42,7 +42,7 @@ log = get("registrar")
 
 TICK_S = 1.0
 PUSH_S = 5.0
-"""How long the broker may take to acknowledge a new token of the account."""
+"""How long the broker may take to acknowledge a new token of an account."""
 MAX_WAITING = 1024
 GUESSES, GUESSES_A_SECOND = 50.0, 1.0
 """Refusals that are answered in a burst, and after it; further ones get no answer."""
@@ -67,6 +67,7 @@ class Registrar:
         self._bus = bus
         self._system = system
         self._keys = keys
+        self._accounts = Accounts(fleet=keys.account, guests=keys.guests)
         self._journal = journal
         self._settings = settings
         self._clock = clock
@@ -210,7 +211,7 @@ class Registrar:
         key = plain(claims.sub) if claims else ""
         await self._tell(
             ConnectionRefused(
-                reason=self.state.why_refused(claims, self._keys.account, self._wall()),
+                reason=self.state.why_refused(claims, self._accounts, self._wall()),
                 name=plain(_called(client.name, claims)),
                 host=plain(client.host),
                 public_key=key,
@@ -236,19 +237,19 @@ class Registrar:
     # ---- what the broker must know
 
     async def _ticks(self) -> None:
-        """The account's token is brought to the broker, again after each loss of it."""
+        """The accounts' tokens are brought to the broker, again after each loss of it."""
         reconnects = self._system.reconnects
         while True:
             self._guesses = min(GUESSES, self._guesses + GUESSES_A_SECOND * TICK_S)
             if self._system.reconnects != reconnects:
                 reconnects, self._pushed = self._system.reconnects, False
-            await settle(self._push(), self.counters, what="account")
+            await settle(self._push(), self.counters, what="accounts")
             for message in self._refusals.due(self._clock.now()):
                 await settle(self._publish_refusal(message), self.counters, what="refusal")
             await self._clock.sleep(TICK_S)
 
     async def _push(self) -> None:
-        """The broker holds the account as the journal has it.
+        """The broker holds the accounts as the journal has it.
 
         Raises:
             TransientError: it has not said so.
@@ -257,17 +258,19 @@ class Registrar:
             if self._pushed:
                 return
             issued = self.state.decide_issue(self._wall())
-            token = self._keys.account_token(self.state.revocations(), issued.at)
+            tokens = self._keys.account_tokens(self.state.revocations(), issued.at)
             # Whatever changes while the broker is asked is pushed the next time.
             self._pushed = True
             try:
-                answer = await self._system.request(CLAIMS_UPDATE, token.encode(), timeout_s=PUSH_S)
-                _check(answer)
+                for token in tokens:
+                    _check(
+                        await self._system.request(CLAIMS_UPDATE, token.encode(), timeout_s=PUSH_S)
+                    )
                 self._keep(issued)
             except BaseException:
                 self._pushed = False
                 raise
-            log.info("account_pushed", revoked=len(self.state.revocations()))
+            log.info("accounts_pushed", revoked=len(self.state.revocations()))
 
     def _keep(self, fact: Fact) -> None:
         """The fact is on disk and holds.
@@ -307,7 +310,7 @@ def _check(answer: bytes) -> None:
     if said.error is not None or said.data is None or said.data.code != 200:
         outcome = said.error or said.data or _Outcome()
         why = outcome.description or outcome.message or "no reason"
-        raise TransientError(f"the broker does not take the account's token: {why}")
+        raise TransientError(f"the broker does not take an account's token: {why}")
 
 
 def _called(name: str, claims: Claims | None) -> str:

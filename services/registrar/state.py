@@ -47,6 +47,14 @@ class AccountIssued(msgspec.Struct, frozen=True, tag=True):
 Fact = Invited | Admitted | Revoked | AccountIssued
 
 
+@dataclass(frozen=True, slots=True)
+class Accounts:
+    """Public keys of this fleet's accounts."""
+
+    fleet: str
+    guests: str
+
+
 @dataclass(slots=True)
 class Invitation:
     uses: int
@@ -206,14 +214,17 @@ class State:
         self.refused[public_key] = self.refused.get(public_key, 0) + 1
         return known.device
 
-    def why_refused(self, claims: Claims | None, account: str, now: float) -> str:
+    def why_refused(self, claims: Claims | None, accounts: Accounts, now: float) -> str:
         """Why the broker will have refused a connection with these claims."""
         if claims is None:
             return "no identity"
         known = self.keys.get(claims.sub)
         if known is not None and known.revoked_at:
             return "revoked"
-        if (claims.nats.issuer_account or claims.iss) != account:
+        account = claims.nats.issuer_account or claims.iss
+        if account == accounts.fleet and known is not None:
+            return "an identity from before devices had an account of their own: enrol it anew"
+        if account not in (accounts.fleet, accounts.guests):
             return "an identity of another fleet"
         if claims.exp and claims.exp <= now:
             return "an identity that has expired"

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -21,31 +22,42 @@ from shared.identity.access import TLS_NAME
 from shared.identity.keys import Key, Kind, make
 from shared.identity.roles import RIGHTS, SERVICES, Role
 
-ACCOUNT, SYSTEM = "SEEDWIRE", "SYS"
+FLEET, GUESTS, SYSTEM = "SEEDWIRE", "GUESTS", "SYS"
+"""Accounts: of services and operators, with the streams; of devices and strangers; the broker's."""
 SYSTEM_USER = "system"
 BEFORE_ALL = 1
-"""When the account's token in server.conf was issued: older than any that a registrar issues, so
+"""When the accounts' tokens in server.conf were issued: older than any that a registrar issues, so
 that nats-server, which keeps the newest, forgets no revocation when it starts again."""
+
+
+T = TypeVar("T")
 
 
 class RegistrarKeys(msgspec.Struct, frozen=True):
     """What enrolling and revoking take."""
 
     account: str
+    guests: str
     operator_signing_seed: str
     device_seed: str
     signing_keys: dict[str, str]
     """Role -> the public key whose users it describes."""
 
-    def account_token(self, revoked: Mapping[str, int], at: int) -> str:
-        """The account as it stands, with today's roles."""
+    def account_tokens(self, revoked: Mapping[str, int], at: int) -> tuple[str, str]:
+        """The fleet's account and its guests', with today's roles; `revoked` are guests."""
         signer = Key(self.operator_signing_seed)
-        return account_token(self.account, self.signing_keys, signer, revoked=revoked, at=at)
+        return (
+            fleet_token(self.account, self.signing_keys, signer, at=at),
+            guests_token(
+                self.guests, self.account, self.signing_keys, signer, at=at, revoked=revoked
+            ),
+        )
 
     def device_token(self, device: str, public_key: str, at: int) -> str:
         """Lets the holder of a key in as `device`."""
         signer = Key(self.device_seed)
-        return claims.scoped_user(device, public_key, signer, account=self.account, at=at)
+        tags = [claims.RESERVED_EARS]
+        return claims.scoped_user(device, public_key, signer, account=self.guests, at=at, tags=tags)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,14 +99,14 @@ class Authority:
         at = int(now.timestamp())
         signing = self._key("operator-signing", "operator")
         system, account = self._key("system"), self._key("account")
+        guests = self._key("guests")
         signers = {role: self._key(f"role-{role}") for role in RIGHTS}
         public = {role: signer.public for role, signer in signers.items()}
         for name, role in SERVICES.items():
-            if not self.creds(name).exists():
+            home = (guests if role in roles.GUESTS else account).public
+            if self._home_of(name) != home:
                 user = make("user")
-                token = claims.scoped_user(
-                    name, user.public, signers[role], account=account.public, at=at
-                )
+                token = claims.scoped_user(name, user.public, signers[role], account=home, at=at)
                 self._creds(name, token, user)
         if not self.system_creds.exists():
             user = make("user")
@@ -113,16 +125,21 @@ class Authority:
             system=system.public,
             tokens={
                 system.public: claims.account(SYSTEM, system.public, signing, at=BEFORE_ALL),
-                account.public: account_token(account.public, public, signing, at=BEFORE_ALL),
+                account.public: fleet_token(account.public, public, signing, at=BEFORE_ALL),
+                guests.public: guests_token(
+                    guests.public, account.public, public, signing, at=BEFORE_ALL
+                ),
             },
             joiner=claims.own_user(
-                roles.JOINER, joiner.public, account, roles.JOINER_RIGHTS, at=BEFORE_ALL
+                roles.JOINER, joiner.public, guests, roles.JOINER_RIGHTS, at=BEFORE_ALL
             ),
             folder=seen_at or str(self.folder.resolve()),
             tls=tls,
         )
         files.write(self.server_conf, conf)
-        keys = RegistrarKeys(account.public, signing.seed, signers["device"].seed, {**public})
+        keys = RegistrarKeys(
+            account.public, guests.public, signing.seed, signers["device"].seed, {**public}
+        )
         text = msgspec.json.format(msgspec.json.encode(keys), indent=2).decode()
         files.write(self.registrar_file, text + "\n", mode=files.SECRET)
         return fresh
@@ -154,31 +171,74 @@ class Authority:
         """Names of the keys that a finished `make` has used."""
         if not self.registrar_file.exists():
             return set()
-        roles_known = registrar_keys(self.registrar_file).signing_keys
+        known = _decoded(self.registrar_file, _Known)
         base = {"operator-signing", "system", "account", "joiner"}
-        return base | {f"role-{role}" for role in roles_known}
+        if known.guests:
+            base.add("guests")
+        return base | {f"role-{role}" for role in known.signing_keys}
+
+    def _home_of(self, name: str) -> str:
+        """The account that a service's credentials are of; empty if it has none."""
+        path = self.creds(name)
+        if not path.exists():
+            return ""
+        try:
+            return claims.decode_unverified(
+                claims.token_of(files.read(path), str(path))
+            ).nats.issuer_account
+        except ValueError as error:
+            raise ConfigError(f"{path}: {error}; remove it, and it is made anew") from error
 
     def _creds(self, name: str, token: str, user: Key) -> None:
         files.write(self.creds(name), claims.creds_text(token, user.seed), mode=files.SECRET)
 
 
-def account_token(
+SigningKeys = Mapping[Role, str] | Mapping[str, str]
+
+
+def fleet_token(account: str, signing_keys: SigningKeys, signer: Key, *, at: int) -> str:
+    """The account of services and operators: it has the streams, and one signing key a role."""
+    scopes = _scopes(signing_keys, guests=False)
+    return claims.account(
+        FLEET, account, signer, at=at, scopes=scopes, streams=True, exports=roles.EXPORTS
+    )
+
+
+def guests_token(
+    guests: str,
     account: str,
-    signing_keys: Mapping[Role, str] | Mapping[str, str],
+    signing_keys: SigningKeys,
     signer: Key,
     *,
     at: int,
     revoked: Mapping[str, int] | None = None,
 ) -> str:
-    """The fleet's account: one signing key a role."""
-    scopes = [
+    """The account of devices and strangers: it has nothing but what the fleet's gives it."""
+    scopes = _scopes(signing_keys, guests=True)
+    return claims.account(
+        GUESTS,
+        guests,
+        signer,
+        at=at,
+        scopes=scopes,
+        revoked=revoked,
+        imports=roles.imports(account),
+    )
+
+
+def _scopes(signing_keys: SigningKeys, *, guests: bool) -> list[dict[str, object]]:
+    return [
         claims.scope(role, signing_keys[role], rights.permissions())
         for role, rights in RIGHTS.items()
-        if role in signing_keys
+        if role in signing_keys and (role in roles.GUESTS) is guests
     ]
-    return claims.account(
-        ACCOUNT, account, signer, at=at, scopes=scopes, revoked=revoked, streams=True
-    )
+
+
+class _Known(msgspec.Struct, frozen=True):
+    """What every registrar.json ever made has; `guests` since devices have their own account."""
+
+    signing_keys: dict[str, str]
+    guests: str = ""
 
 
 def registrar_keys(path: Path) -> RegistrarKeys:
@@ -186,8 +246,12 @@ def registrar_keys(path: Path) -> RegistrarKeys:
     Raises:
         ConfigError: the file is missing or damaged; names it.
     """
+    return _decoded(path, RegistrarKeys)
+
+
+def _decoded(path: Path, kind: type[T]) -> T:
     try:
-        return msgspec.json.decode(files.read(path), type=RegistrarKeys)
+        return msgspec.json.decode(files.read(path), type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}; make it by `seedwire keys init`") from error
 

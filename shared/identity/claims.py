@@ -6,7 +6,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import msgspec
 
@@ -14,6 +14,8 @@ from shared.errors import ConfigError
 
 MADE_HERE = "seedwire"
 """The tag of tokens made here: their bearer's inbox carries its name."""
+RESERVED_EARS = "reserved-ears"
+"""The tag of those whose bearer hears the fleet under names that no answer can be sent to."""
 
 UNLIMITED = -1
 
@@ -86,10 +88,13 @@ def account(
     scopes: Sequence[Mapping[str, object]] = (),
     revoked: Mapping[str, int] | None = None,
     streams: bool = False,
+    exports: Sequence[Mapping[str, object]] = (),
+    imports: Sequence[Mapping[str, object]] = (),
 ) -> str:
     """An account without limits, whose `scopes` say what each of its signing keys' users may do.
 
     `revoked`: by a user's public key, the time up to which its tokens are worth nothing.
+    `exports` to every account of the operator, of which a fleet has no others than those made here.
     """
     limits: dict[str, object] = {
         **_limits(),
@@ -104,12 +109,18 @@ def account(
         nats["signing_keys"] = list(scopes)
     if revoked:
         nats["revocations"] = dict(revoked)
+    if exports:
+        nats["exports"] = list(exports)
+    if imports:
+        nats["imports"] = list(imports)
     return encode(_claims(name, public, at, nats), signer)
 
 
-def scoped_user(name: str, public: str, signer: Signer, *, account: str, at: int) -> str:
+def scoped_user(
+    name: str, public: str, signer: Signer, *, account: str, at: int, tags: Sequence[str] = ()
+) -> str:
     """A user that may do what the scope of the signing key says, and nothing of its own."""
-    nats = {"issuer_account": account, "tags": [MADE_HERE], "type": "user"}
+    nats = {"issuer_account": account, "tags": [MADE_HERE, *tags], "type": "user"}
     return encode(_claims(name, public, at, nats), signer)
 
 
@@ -125,6 +136,33 @@ def scope(role: str, public: str, permissions: Mapping[str, object]) -> dict[str
     """What users signed by the key `public` may do."""
     template = {**_limits(), **permissions}
     return {"kind": "user_scope", "key": public, "role": role, "template": template}
+
+
+def told(subject: str) -> dict[str, object]:
+    """An export: whoever imports it hears what is published on `subject`."""
+    return {"name": subject, "subject": subject, "type": "stream"}
+
+
+def served(
+    subject: str, *, answers: Literal["Singleton", "Stream"], within_s: int
+) -> dict[str, object]:
+    """An export: whoever imports it may ask on `subject`, and gets the answers that come in time.
+
+    The time runs from the question, or from the last answer.
+    """
+    return {
+        "name": subject,
+        "subject": subject,
+        "type": "service",
+        "response_type": answers,
+        "response_threshold": within_s * 1_000_000_000,
+    }
+
+
+def imported(export: Mapping[str, object], account: str, local: str = "") -> dict[str, object]:
+    """The import of an export of `account`, under the same subject if `local` names no other."""
+    found = {key: export[key] for key in ("name", "subject", "type")} | {"account": account}
+    return {**found, "local_subject": local} if local else found
 
 
 def creds_text(token: str, seed: str) -> str:

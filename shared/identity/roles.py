@@ -1,15 +1,20 @@
 """What each kind of identity may publish and subscribe to: the one place that says so.
 
-The account's token carries these as templates of its signing keys, so that a device's own token
+An account's token carries these as templates of its signing keys, so that a device's own token
 stays small and a change here holds for every device when the registrar starts next. nats-server
 puts an identity's name where SELF stands.
+
+Devices and strangers have an account of their own, which has of the fleet's what `imports` says.
+nats-server answers wherever it is asked to, whatever the asker may publish; in that account there
+is nothing to delete and no log to write.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from shared import subjects
+from shared.identity import claims
 
 Role = Literal["device", "service", "observer", "operator", "outsider"]
 
@@ -20,6 +25,21 @@ OWN_INBOX = f"_INBOX_{SELF}.>"
 
 JOINER = "joiner"
 JOINER_INBOX = f"_INBOX_{JOINER}"
+
+
+EARS = "_R_."
+"""What a device hears begins so in the guests' account. nats-server answers whom it is told to,
+but lets nobody name this word of its own: one device can send nothing into another's ears."""
+
+
+def heard_as(subject: str) -> str:
+    """Under which name a device hears what is published on a subject of ours."""
+    return EARS + subject.removeprefix(f"{subjects.PREFIX}.")
+
+
+def published_as(heard: str) -> str:
+    """The subject that a device has heard under another name."""
+    return f"{subjects.PREFIX}.{heard.removeprefix(EARS)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +88,9 @@ RIGHTS: Mapping[Role, Rights] = {
             *_direct_get(subjects.LOG_STREAM, subjects.BLOBS_STREAM),
         ),
         subscribe=(
-            subjects.ALL_EVENTS,
-            subjects.wake(SELF),
-            subjects.settled(SELF),
+            heard_as(subjects.ALL_EVENTS),
+            heard_as(subjects.wake(SELF)),
+            heard_as(subjects.settled(SELF)),
             OWN_INBOX,
         ),
     ),
@@ -102,6 +122,50 @@ RIGHTS: Mapping[Role, Rights] = {
         subscribe=(f"{subjects.PREFIX}.events.>", f"{subjects.PREFIX}.decision.>", "_INBOX.>"),
     ),
 }
+
+GUESTS: frozenset[Role] = frozenset({"device", "outsider"})
+"""Who belongs to the account of devices and strangers."""
+
+ANSWERED_WITHIN_S, READ_WITHIN_S, TAKEN_WITHIN_S = 10, 5, 1
+"""How long nats-server remembers who asked, at some 1000 bytes each, so that a flood costs no more:
+as long as anybody waits for an answer, for the next message that is read, and for none at all.
+"""
+
+SERVED: Sequence[Mapping[str, object]] = (
+    *(
+        claims.served(subject, answers="Singleton", within_s=ANSWERED_WITHIN_S)
+        for subject in (subjects.ALL_WORK, subjects.ENROLL)
+    ),
+    *(
+        claims.served(subject, answers="Singleton", within_s=TAKEN_WITHIN_S)
+        for subject in (subjects.ALL_UPDATES, subjects.ALL_REPORTS)
+    ),
+    *(
+        claims.served(subject, answers="Stream", within_s=READ_WITHIN_S)
+        for subject in _direct_get(subjects.LOG_STREAM, subjects.BLOBS_STREAM)
+    ),
+)
+"""What guests may ask of the fleet's account."""
+OVERHEARD = (f"{subjects.PREFIX}.events.>", f"{subjects.PREFIX}.decision.>")
+"""What strangers hear of it, under its own name: any client of theirs will do."""
+HEARD = (subjects.ALL_EVENTS, subjects.wake("*"), subjects.ALL_SETTLED)
+"""What devices hear of it."""
+EXPORTS = (
+    *SERVED,
+    *(claims.told(subject) for subject in OVERHEARD),
+    *(claims.told(subject) for subject in HEARD if subject != subjects.ALL_EVENTS),
+)
+"""nats-server takes none within another: OVERHEARD has the events."""
+
+
+def imports(fleet: str) -> list[dict[str, object]]:
+    """What the guests' account has of the fleet's: all that passes between them."""
+    return [
+        *(claims.imported(export, fleet) for export in SERVED),
+        *(claims.imported(claims.told(subject), fleet) for subject in OVERHEARD),
+        *(claims.imported(claims.told(subject), fleet, heard_as(subject)) for subject in HEARD),
+    ]
+
 
 JOINER_RIGHTS: Mapping[str, object] = {
     **Rights(publish=(subjects.ENROLL,), subscribe=(f"{JOINER_INBOX}.>",)).permissions(),

@@ -212,7 +212,7 @@ def foreign(fleet: Fleet, what: str) -> tuple[str, str]:
     """Credentials that look right and are not, and what is said of them."""
     ours = registrar_keys(fleet.secured.authority.registrar_file)
     signer, user, now = keys.Key(ours.device_seed), keys.make("user"), int(time.time())
-    nats: dict[str, object] = {"issuer_account": ours.account, "type": "user", "version": 2}
+    nats: dict[str, object] = {"issuer_account": ours.guests, "type": "user", "version": 2}
     said: dict[str, object] = {"name": "till-7", "sub": user.public, "iat": now, "nats": nats}
     why = "an identity that was never given out"
     if what == "another operator":

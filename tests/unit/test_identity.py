@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from services.registrar import refusals
 from services.registrar.journal import Journal
 from services.registrar.refusals import EVERY_S, MAX_KINDS, Refusals
-from services.registrar.state import Admitted, State, hashed
+from services.registrar.state import Accounts, Admitted, State, hashed
 from shared.credentials import inbox_of
 from shared.errors import ConfigError, MalformedMessage, RejectError
 from shared.identity import access, claims, files, keys
@@ -152,6 +152,33 @@ def test_a_lost_key_is_named_and_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "registrar.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"registrar\.json: .*seedwire keys init"):
         registrar_keys(tmp_path / "registrar.json")
+
+
+def test_keys_from_before_guests_had_an_account_are_completed_and_kept(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    authority.make()
+    now = registrar_keys(authority.registrar_file)
+    before = contents(tmp_path)
+    (tmp_path / "keys" / "guests.seed").unlink()
+    old = msgspec.json.decode(before["registrar.json"])
+    del old["guests"]
+    authority.registrar_file.write_bytes(msgspec.json.encode(old))
+    role = keys.Key(before["keys/role-outsider.seed"].decode())
+    token = claims.scoped_user("outsider", USER.public, role, account=now.account, at=1)
+    authority.creds("outsider").write_text(claims.creds_text(token, USER.seed))
+    with pytest.raises(ConfigError, match=r"registrar\.json: .*guests.*seedwire keys init"):
+        registrar_keys(authority.registrar_file)
+
+    authority.make()
+    made, after = registrar_keys(authority.registrar_file), contents(tmp_path)
+    assert made.guests not in ("", now.guests)
+    assert msgspec.structs.replace(made, guests=now.guests) == now
+    anew = {"keys/guests.seed", "registrar.json", "server.conf", "creds/outsider.creds"}
+    assert {name for name in after if after[name] != before[name]} == anew
+    outsider = claims.token_of(authority.creds("outsider").read_text(), "")
+    assert claims.decode_unverified(outsider).nats.issuer_account == made.guests
+    authority.make()
+    assert contents(tmp_path) == after
 
 
 def test_an_access_file_is_found_again_from_anywhere(tmp_path: Path) -> None:
@@ -303,13 +330,16 @@ def test_why_somebody_was_refused_is_told_apart() -> None:
     office.enroll("b", 2)
     office.revoke("b")
 
+    accounts = Accounts(fleet="FLEET", guests="ACC")
+
     def why(**said: object) -> str:
         nats = claims.Details(issuer_account=str(said.pop("account", "ACC")))
         found = msgspec.convert({"iat": 1, **said}, claims.Claims)
-        return office.state.why_refused(msgspec.structs.replace(found, nats=nats), "ACC", NOW)
+        return office.state.why_refused(msgspec.structs.replace(found, nats=nats), accounts, NOW)
 
     reasons = [
-        office.state.why_refused(None, "ACC", NOW),
+        office.state.why_refused(None, accounts, NOW),
+        why(sub=key_of(1), account="FLEET"),
         why(sub=key_of(2)),
         why(sub=key_of(1)),
         why(sub=key_of(3)),
@@ -317,6 +347,6 @@ def test_why_somebody_was_refused_is_told_apart() -> None:
         why(sub=key_of(3), account="OTHER"),
     ]
     assert all(left != right for left, right in itertools.combinations(reasons, 2))
-    assert reasons[1] == "revoked"
+    assert reasons[2] == "revoked"
     assert office.state.count_refused(key_of(2)) == "b"
     assert office.state.count_refused(key_of(3)) == ""
