@@ -84,6 +84,12 @@ async def ends_whole(fleet: Fleet, job: str, rounds: int) -> Verdict:
         return ends == {end.digest}
 
     await wait_until(alike, timeout_s=30, what=f"all at {end.digest[:12]}: {fleet.positions}")
+    # What was sent into the failure is sent again within ten seconds or so, also after the job's end.
+    await wait_until(
+        lambda: not any(any(path.parent.glob("*.update")) for path in fleet.ledgers()),
+        timeout_s=60,
+        what="every update is settled",
+    )
     verdict = await examine(fleet.servers[0], job, fleet.ledgers())
     assert verdict.clean, verdict
     assert verdict.final_digest == end.digest
