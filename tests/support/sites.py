@@ -84,7 +84,7 @@ async def ends_whole(fleet: Fleet, job: str, rounds: int) -> Verdict:
         return ends == {end.digest}
 
     await wait_until(alike, timeout_s=30, what=f"all at {end.digest[:12]}: {fleet.positions}")
-    # What was sent into the failure is sent again within ten seconds or so, also after the job's end.
+    # What was sent into the failure is sent again some ten seconds later, also after the end.
     await wait_until(
         lambda: not any(any(path.parent.glob("*.update")) for path in fleet.ledgers()),
         timeout_s=60,
