@@ -5,12 +5,22 @@ import os
 import sys
 import time
 from collections.abc import Callable, MutableMapping
-from typing import Any, cast
+from typing import Any, TextIO, cast
 
 import structlog
 
 BURST, LINES_A_SECOND = 200.0, 5.0
 """Of warnings and facts that are alike: so many at once, and so many in the long run."""
+
+
+class _Stderr:
+    """Whatever stderr is when a line is written: it may be replaced, and the old one closed."""
+
+    def write(self, text: str) -> int:
+        return sys.stderr.write(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
 def configure(program: str, *, level: str = "info", as_json: bool | None = None) -> None:
@@ -36,7 +46,7 @@ def configure(program: str, *, level: str = "info", as_json: bool | None = None)
             ),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(numeric),
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(file=cast("TextIO", _Stderr())),
         cache_logger_on_first_use=True,
     )
     structlog.contextvars.bind_contextvars(program=program)

@@ -237,7 +237,7 @@ async def test_an_operator_rolls_back_and_follows_again(fleet: Fleet, tmp_path: 
         assert (await proxy.get("/health"))[1]["model"] == "job@2"
         status, answer = await proxy.post("/v1/seedwire/rollback", {"round": 1})
         assert status == 404
-        assert "round 1 is not on disk" in answer["error"]["message"]
+        assert "no version of round 1 is kept" in answer["error"]["message"]
     async with fleet.proxy(tmp_path / "proxy", *options) as proxy:
         await proxy.serves("job@2")  # the operator's word outlives a restart
         status, answer = await proxy.post("/v1/seedwire/follow")
