@@ -129,4 +129,4 @@ def _combined(
     summed = directions.total(
         manifest.seed, stream_round, every(len(shares)), whole, start, count, manifest.distribution
     )
-    return summed * (largest / _FINE)
+    return (summed * (largest / _FINE)).astype(np.float64)
