@@ -21,8 +21,6 @@ from shared.adapter import Adapter
 from shared.errors import RejectError
 from shared.messages import Manifest, Range, Tuning
 
-MOST_CANDIDATES = 16_384
-"""A pool's size while its best are looked for: each candidate is generated once, whole."""
 MOST_SURVIVORS = 4096
 """They are scattered, and named one by one."""
 _FINE = 2.0**20
@@ -38,17 +36,10 @@ class FwdLLM(Method):
                 f"method 'fwdllm': monitored block {tuning.monitored} of an adapter of"
                 f" {len(manifest.blocks)} blocks"
             )
-        if tuning.candidates == 1:
-            return
-        if tuning.directions > MOST_SURVIVORS:
+        if tuning.candidates > 1 and tuning.directions > MOST_SURVIVORS:
             raise RejectError(
                 f"method 'fwdllm': directions {tuning.directions}, with candidates at most"
                 f" {MOST_SURVIVORS}"
-            )
-        if tuning.directions * tuning.candidates > MOST_CANDIDATES:
-            raise RejectError(
-                f"method 'fwdllm': directions times candidates is"
-                f" {tuning.directions * tuning.candidates}, at most {MOST_CANDIDATES}"
             )
 
     def plan(self, tuning: Tuning, adapter: Adapter, number: int, past: Past) -> Plan:
