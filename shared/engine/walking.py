@@ -86,10 +86,10 @@ class _Steps:
         self._job = job
         self._request = request
         self._start, self._count = job.layout.span(request.scope)
-        span = slice(self._start, self._start + self._count)
-        self._magnitudes = job.layout.magnitudes[span]
+        self._span = slice(self._start, self._start + self._count)
+        self._magnitudes = job.layout.magnitudes[self._span]
         self._theta = job.adapter.values()
-        self._place = self._theta[span].astype(np.float64)
+        self._place = self._theta[self._span].astype(np.float64)
         self._differences: dict[int, int] = {}
         self._sizes: dict[int, int] = {}
         self._visits: dict[int, int] = {}
@@ -113,9 +113,8 @@ class _Steps:
         losses: list[float] = []
         weight = 0
         for sign in (1.0, -1.0):
-            self._theta[self._start : self._start + self._count] = (
-                self._place + sign * request.eps * way
-            )
+            with np.errstate(over="ignore"):  # a walk that diverges says so by its loss
+                self._theta[self._span] = self._place + sign * request.eps * way
             self._job.model.stand(self._theta)
             measured = self._job.model.measure(examples)
             losses.append(float(measured.loss.sum()))
