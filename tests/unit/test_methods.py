@@ -454,6 +454,41 @@ def test_of_a_batch_that_never_settles_the_cap_makes_a_commit(tmp_path: Path) ->
     assert closes[-1].frozen.normaliser == 4 * 10 * 5  # five updates of four probes on ten rows
 
 
+def test_sums_that_wait_outlive_an_abandoned_round_and_go_with_a_stopped_job(
+    tmp_path: Path,
+) -> None:
+    submit = a_submission(
+        "fwdllm", 1, 4, rounds=2, directions=4, final_step=0.0, threshold=1e-9, most_more=2
+    )
+    run = Run(submit)
+    device = Device("a", tmp_path, 10)
+    first = run.opened
+    run.send(device.probes(first, [(0, 4)]))
+    run.overdue()  # the second round brings nothing
+    assert [(close.reason, close.more) for close in run.closes()] == [
+        ("enough", True),
+        ("abandoned", False),
+    ]
+    for _ in range(2):
+        device.follow(run)
+        assert run.opened.batch_round == first.round
+        assert run.restarted().state.carried == run.state.carried
+        run = run.restarted()
+        run.send(device.probes(run.opened, [(0, 4)]))
+    close = run.closes()[-1]
+    assert not close.more
+    assert close.commit is not None
+    assert [term.stream_round for term in close.commit.terms] == [1, 3, 4]
+    device.follow(run)
+    run.send(device.probes(run.opened, [(0, 4)]))
+    for event in run.state.decide_close(stop=True):
+        assert isinstance(event, RoundClosed)
+        assert (event.reason, event.commit) == ("stopped", None)
+        run.state.evolve(event, len(run.log) + 1)
+    assert run.state.carried == []
+    assert run.state.finished
+
+
 def device_of(name: str, folder: Path) -> Device:
     return Device(name, folder, 10)
 
