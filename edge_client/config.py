@@ -146,7 +146,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def kinds(self) -> list[str]:
         """The kinds of work that this device does."""
-        return ["probe"] * bool(self.data) + ["evaluate"] * self.evaluates
+        return ["probe", "walk"] * bool(self.data) + ["evaluate"] * self.evaluates
 
 
 def completed(settings: Settings) -> Settings:

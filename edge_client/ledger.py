@@ -16,7 +16,7 @@ from collections.abc import Container, Iterable
 import msgspec
 
 from edge_client.disk import Disk
-from shared.messages import ProbeResult, SubmitUpdate
+from shared.messages import EvaluateResult, SubmitUpdate
 
 NAME = "ledger.jsonl"
 BESIDE = "ledger.tmp"
@@ -125,7 +125,7 @@ class Ledger:
 
 def _sum(update: SubmitUpdate) -> int | None:
     """Sum of an update's int32 differences; None where it has none."""
-    if not isinstance(update.result, ProbeResult):
+    if isinstance(update.result, EvaluateResult):
         return None
     numbers = array.array("i", update.result.differences)
     if sys.byteorder == "big":

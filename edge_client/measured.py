@@ -5,7 +5,7 @@ from typing import Protocol, TypeVar
 
 from edge_client.state import Speeded
 from shared.engine.protocol import RequestUnion
-from shared.messages import EvaluateResult, ProbeResult, SubmitUpdate, WorkAssigned
+from shared.messages import EvaluateResult, ProbeResult, SubmitUpdate, WalkResult, WorkAssigned
 
 Answered = TypeVar("Answered")
 
@@ -20,7 +20,7 @@ class Ask(Protocol):
 class Measured:
     """A result, and what it cost: `unit_s` is the time of one unit of the speed `what`."""
 
-    result: ProbeResult | EvaluateResult
+    result: ProbeResult | EvaluateResult | WalkResult
     seconds: float
     passes: int
     what: Speeded

@@ -23,6 +23,7 @@ async def probe(assigned: WorkAssigned, work: ProbeWork, ask: Ask) -> Measured:
         batch_rows=assigned.batch_rows,
         scope=assigned.scope,
         digest=assigned.digest,
+        batch_round=assigned.batch_round,
     )
     probed = await ask(request, Probed)
     directions = sum(count for _, count in work.ranges)

@@ -17,6 +17,7 @@ from edge_client.outbox import Outbox
 from edge_client.probing import probe
 from edge_client.reporting import About
 from edge_client.spool import Spool
+from edge_client.walking import walk
 from shared import subjects
 from shared.bus import Bus
 from shared.clock import Clock, backoff_s, jittered
@@ -25,12 +26,13 @@ from shared.errors import EngineDied, EngineError, MalformedMessage, TransientEr
 from shared.logs import get
 from shared.messages import (
     ComeBack,
+    EvaluateResult,
     EvaluateWork,
     Message,
-    ProbeResult,
     ProbeWork,
     RequestWork,
     UpdateKey,
+    WalkWork,
     WorkAssigned,
 )
 from shared.metrics import Counters
@@ -43,6 +45,8 @@ FRUITLESS_CAP_S = 30.0
 """Longest pause after work that came to nothing."""
 DEATHS = 2
 """Work that ended the engine so often is declined."""
+
+_KINDS = {ProbeWork: "probe", WalkWork: "walk", EvaluateWork: "evaluate"}
 
 log = get("working")
 
@@ -160,7 +164,7 @@ class Working:
             Declined: it cannot be done here.
         """
         key, work = assigned.key, assigned.work
-        kind = "probe" if isinstance(work, ProbeWork) else "evaluate"
+        kind = _KINDS[type(work)]
         if key.device != self.settings.device:
             raise Declined(f"the key is of device {key.device}")
         if kind not in self.settings.kinds:
@@ -170,7 +174,7 @@ class Working:
             return False
         log.info("work_measured", job=key.job, round=key.round, part=key.part, kind=kind)
         result = measured.result
-        if isinstance(result, ProbeResult):
+        if not isinstance(result, EvaluateResult):
             self.counters.add("probes_dropped", result.dropped)
         self.counters.add("tokens_forward", measured.passes)
         await self.outbox.keep(measured.update(assigned))
@@ -218,5 +222,7 @@ async def _perform(assigned: WorkAssigned, ask: Ask) -> Measured:
     match assigned.work:
         case ProbeWork() as work:
             return await probe(assigned, work, ask)
+        case WalkWork() as work:
+            return await walk(assigned, work, ask)
         case EvaluateWork():
             return await evaluate(assigned, ask)

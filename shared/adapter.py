@@ -223,22 +223,8 @@ class Adapter:
             else:
                 return commit
 
-    def _moved(self, commit: Commit) -> tuple[NDArray[np.int32], NDArray[np.int64] | None]:
-        step = self._sum(commit.terms)
-        velocity = None
-        if self.velocity is not None:
-            step += (self.velocity * commit.momentum) >> 8
-            velocity, step = step, step.copy()
-        # In place: at d = 1e6 every copy is 8 MB.
-        if self.layout.scales is not None:
-            step <<= self.layout.scales
-        step += self.theta
-        if step.min() < _INT32.min or step.max() > _INT32.max:
-            raise OverflowError("theta would leave int32")
-        return step.astype(np.int32), velocity
-
-    def _sum(self, terms: Sequence[Term]) -> NDArray[np.int64]:
-        """The sum of all terms' directions: (d,) int64."""
+    def total(self, terms: Sequence[Term]) -> NDArray[np.int64]:
+        """The sum of all terms' directions, before the blocks' scales: (d,) int64."""
         whole: NDArray[np.int64] | None = None
         for term in terms:
             start, count = self.layout.span(term.scope)
@@ -258,6 +244,20 @@ class Adapter:
                 whole = np.zeros(self.layout.d, np.int64)
             whole[start : start + count] += part
         return np.zeros(self.layout.d, np.int64) if whole is None else whole
+
+    def _moved(self, commit: Commit) -> tuple[NDArray[np.int32], NDArray[np.int64] | None]:
+        step = self.total(commit.terms)
+        velocity = None
+        if self.velocity is not None:
+            step += (self.velocity * commit.momentum) >> 8
+            velocity, step = step, step.copy()
+        # In place: at d = 1e6 every copy is 8 MB.
+        if self.layout.scales is not None:
+            step <<= self.layout.scales
+        step += self.theta
+        if step.min() < _INT32.min or step.max() > _INT32.max:
+            raise OverflowError("theta would leave int32")
+        return step.astype(np.int32), velocity
 
 
 def coefficients(term: Term) -> NDArray[np.int32]:

@@ -118,6 +118,23 @@ def dots(
     return np.array(products, np.float64)
 
 
+def lengths(
+    seed: int,
+    round: int,
+    ranges: Ranges,
+    start: int,
+    count: int,
+    distribution: Distribution,
+) -> NDArray[np.float64]:
+    """|z_j| over parameters [start, start + count) of every direction of `ranges`: (n,) float64."""
+    if distribution == "signs":
+        return np.full(width(ranges), np.sqrt(count))
+    squares = np.square(GAUSS8 / GAUSS_UNIT)
+    drawn = (group_bytes(seed, round, index, start, count) for index in _indices(ranges))
+    found = [float(np.bincount(packed, minlength=256) @ squares) for packed in drawn]
+    return np.sqrt(np.array(found, np.float64))
+
+
 def lora_a(seed: int, epoch: int, first_entry: int, count: int) -> NDArray[np.int8]:
     """Signs of the fixed A's entries [first_entry, first_entry + count): (count,) int8, +-1.
 

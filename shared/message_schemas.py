@@ -23,18 +23,25 @@ MESSAGEPACK = "application/vnd.msgpack"
 
 Json = dict[str, Any]
 
-COEFFICIENTS = {"x-dtype": "<i4", "x-shape": "(sum of the counts of ranges,)"}
+COUNTED = "(sum of the counts of ranges,)"
+OR_NONE = f"{COUNTED} or (0,)"
+COEFFICIENTS = {"x-dtype": "<i4", "x-shape": COUNTED}
 BINARY: dict[str, Json] = {
     "Term.coefficients": {**COEFFICIENTS, "x-unit": "2^-24"},
     "ProbeResult.differences": {**COEFFICIENTS, "x-unit": "2^-20 nat"},
-    "ProbeResult.bends": {
-        "x-dtype": "<i4",
-        "x-shape": "(sum of the counts of ranges,) or (0,)",
-        "x-unit": "2^-20 nat",
-    },
+    "ProbeResult.bends": {"x-dtype": "<i4", "x-shape": OR_NONE, "x-unit": "2^-20 nat"},
     "PoolSums.differences": {"x-dtype": "<i8", "x-shape": "(span[1],)", "x-unit": "2^-20 nat"},
     "PoolSums.bends": {"x-dtype": "<i8", "x-shape": "(span[1],) or (0,)", "x-unit": "2^-20 nat"},
     "PoolSums.weights": {"x-dtype": "<i8", "x-shape": "(span[1],) or (1,)"},
+    "WalkSums.differences": {"x-dtype": "<i8", "x-shape": COUNTED, "x-unit": "2^-20 nat"},
+    "WalkSums.sizes": {"x-dtype": "<i8", "x-shape": OR_NONE, "x-unit": "2^-20 nat"},
+    "WalkSums.visits": {"x-dtype": "<i8", "x-shape": OR_NONE},
+    "WalkResult.differences": {**COEFFICIENTS, "x-unit": "2^-20 nat"},
+    "WalkResult.sizes": {"x-dtype": "<i8", "x-shape": OR_NONE, "x-unit": "2^-20 nat"},
+    "WalkResult.visits": {"x-dtype": "<u2", "x-shape": OR_NONE},
+    "Walk.weights": {"x-dtype": "<u2", "x-shape": "(directions,) or (0,)"},
+    "Importance.sizes": {"x-dtype": "<i8", "x-shape": "(directions,)", "x-unit": "2^-20 nat"},
+    "Importance.visits": {"x-dtype": "<i8", "x-shape": "(directions,)"},
     "SubmitJob.manifest": {"x-holds": "Manifest", "contentMediaType": MESSAGEPACK},
     "EpochOpened.manifest": {"x-holds": "Manifest", "contentMediaType": MESSAGEPACK},
 }

@@ -10,12 +10,14 @@ from typing import Literal
 import msgspec
 import numpy as np
 from msgspec.structs import replace
+from numpy.typing import NDArray
 
-from services.aggregator import pooling
-from services.aggregator.methods.seedwire import late as late_coefficients
+from services.aggregator import pooling, walking
+from services.aggregator.methods.averaging import late as late_coefficients
 from services.aggregator.pooling import Batch
 from services.aggregator.rounds import RoundRecord
 from services.aggregator.terms import merged
+from services.aggregator.walking import WalkBatch
 from shared.adapter import term
 from shared.directions import width
 from shared.errors import InvalidUpdate, StaleMessage
@@ -28,7 +30,10 @@ from shared.messages import (
     SubmitUpdate,
     Term,
     UpdatesFolded,
+    WalkResult,
 )
+
+Slopes = ProbeResult | WalkResult
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -50,8 +55,9 @@ class Folding:
         counted: int,
         allowed: frozenset[str],
     ) -> None:
-        """`opened` is the open round, if any; `counted` how many updates it has so far.
+        """`opened` is the open round, if any.
 
+        `counted`: how many updates it has so far, with those of the rounds carried on into it.
         `allowed` devices alone may take part; empty: all.
         """
         self._job = job
@@ -62,7 +68,8 @@ class Folding:
         self._allowed = allowed
         self._seen: set[tuple[int, str, int]] = set()
         self._rows: list[FoldedUpdate] = []
-        self._batch = Batch(opened.directions if opened else 0)
+        self._batches: dict[int, Batch] = {}
+        self._walks: dict[int, WalkBatch] = {}
         self._late: list[Term] = []
         self._evaluations: dict[int, EvaluationSums] = {}
         self._late_weight: Counter[int] = Counter()
@@ -94,9 +101,9 @@ class Folding:
                 if not record.opened.evaluate:
                     raise InvalidUpdate(f"round {key.round} is not evaluated")
                 row = self._evaluation(update, update.result)
-            case ProbeResult() if key.round == open_round:
+            case ProbeResult() | WalkResult() if record.progress is not None:
                 row = self._in_time(update, update.result, record.opened)
-            case ProbeResult():
+            case ProbeResult() | WalkResult():
                 row = self._in_arrears(update, update.result, record, open_round - key.round)
         self._rows.append(row)
         self._seen.add((key.round, key.device, key.part))
@@ -112,7 +119,16 @@ class Folding:
             epoch=opened.epoch,
             round=opened.round,
             updates=self._rows,
-            sums=self._batch.sums(),
+            sums=[
+                sums
+                for number, batch in self._batches.items()
+                for sums in batch.sums(_other(number, opened))
+            ],
+            walks=[
+                sums
+                for number, batch in self._walks.items()
+                for sums in batch.sums(_other(number, opened))
+            ],
             late=merged(self._late),
             evaluations=list(self._evaluations.values()),
             loss=self._loss,
@@ -145,38 +161,57 @@ class Folding:
         row = _row(update, "folded", weight=result.weight)
         return replace(row, kind="evaluate")
 
-    def _in_time(
-        self, update: SubmitUpdate, result: ProbeResult, opened: RoundOpened
-    ) -> FoldedUpdate:
-        pooling.check(result, opened.directions)
-        if result.how != opened.how or opened.kind != "tune":
-            raise InvalidUpdate(f"a {result.how} update in a round of {opened.kind} {opened.how}")
+    def _in_time(self, update: SubmitUpdate, result: Slopes, opened: RoundOpened) -> FoldedUpdate:
         half = (self._counted + len(self._rows)) % 2
-        self._batch.add(result, half)
+        self._check(result, opened)
+        if isinstance(result, WalkResult):
+            self._walk_batch(opened).add(result, half)
+        else:
+            self._batches.setdefault(opened.round, Batch(opened.directions)).add(result, half)
         self._loss += result.loss
         self._loss_weight += result.weight
-        slope = _slope(result, opened.eps)
-        return _row(update, "folded", width(result.ranges), result.weight, slope)
+        return _measured_row(update, "folded", result, opened.eps)
 
     def _in_arrears(
-        self, update: SubmitUpdate, result: ProbeResult, record: RoundRecord, rounds_late: int
+        self, update: SubmitUpdate, result: Slopes, record: RoundRecord, rounds_late: int
     ) -> FoldedUpdate:
         if record.expired:
             raise StaleMessage(f"round {update.key.round} is past the lateness bound")
         if self._opened is not None and self._opened.kind == "evaluate":
             raise StaleMessage("the job's last round has closed: its adapter moves no more")
-        pooling.check(result, record.opened.directions)
+        self._check(result, record.opened)
         if record.frozen is None:
             raise StaleMessage(f"round {update.key.round} was closed without a commit")
+        row = _measured_row(update, "late", result, record.opened.eps)
         key = update.key.round
-        self._late_weight[key] += width(result.ranges) * result.weight
+        self._late_weight[key] += row.mass or row.weight * row.probes
         already = record.late_weight + self._late_weight[key]
         values = late_coefficients(record.frozen, result, rounds_late, already)
         self._late.append(
             term(record.frozen.stream_round, record.frozen.scope, list(result.ranges), values)
         )
-        slope = _slope(result, record.opened.eps)
-        return _row(update, "late", width(result.ranges), result.weight, slope)
+        if isinstance(result, WalkResult) and result.sizes and self._opened is not None:
+            self._walk_batch(self._opened).size(result, 0)
+        return row
+
+    def _check(self, result: Slopes, opened: RoundOpened) -> None:
+        if opened.kind != "tune":
+            raise InvalidUpdate(f"slopes in round {opened.round}, which is an evaluation alone")
+        if isinstance(result, WalkResult):
+            walking.check(result, opened)
+            return
+        pooling.check(result, opened.directions)
+        if result.how != opened.how or opened.walk is not None:
+            wanted = "walks" if opened.walk is not None else opened.how
+            raise InvalidUpdate(f"a {result.how} update in a round of {opened.kind} {wanted}")
+
+    def _walk_batch(self, opened: RoundOpened) -> WalkBatch:
+        return self._walks.setdefault(opened.round, WalkBatch(opened.directions))
+
+
+def _other(number: int, opened: RoundOpened) -> int:
+    """How sums name their round: by 0 if it is the open one."""
+    return 0 if number == opened.round else number
 
 
 def _row(
@@ -192,6 +227,16 @@ def _row(
     )
 
 
-def _slope(result: ProbeResult, eps: float) -> float:
-    slopes = pooling.slopes_of(result, eps)
+def _measured_row(
+    update: SubmitUpdate, outcome: Literal["folded", "late"], result: Slopes, eps: float
+) -> FoldedUpdate:
+    if isinstance(result, WalkResult):
+        slope = _spread(walking.slopes_of(result, eps))
+        weight = result.weight // max(1, result.steps)
+        return replace(_row(update, outcome, result.steps, weight, slope), mass=result.share)
+    slope = _spread(pooling.slopes_of(result, eps))
+    return _row(update, outcome, width(result.ranges), result.weight, slope)
+
+
+def _spread(slopes: NDArray[np.float64]) -> float:
     return float(np.sqrt(np.square(slopes).mean())) if len(slopes) else 0.0

@@ -10,6 +10,8 @@ MAX_EVENT_BYTES = 900_000
 """What the parts of an event that grow with its round may come to; the broker takes 1 MB."""
 BYTES_A_DIRECTION = 40
 """Of an UpdatesFolded: two halves' differences and weights, and the bends."""
+BYTES_A_WALKED = 64
+"""Of one with walks: their ranges, two halves' differences, sizes and visits."""
 BYTES_A_LATE_ROUND = 4
 
 
@@ -22,9 +24,11 @@ def open_job(message: SubmitJob) -> list[LogEvent]:
     tuning = message.spec.tuning
     if tuning.method not in METHODS:
         raise RejectError(f"method {tuning.method!r} is unknown; known: {sorted(METHODS)}")
+    method = METHODS[tuning.method]
     _check_task(message.spec.task)
-    _check_sizes(message.spec)
+    _check_sizes(message.spec, walks=method.walks)
     adapter = Adapter(message.manifest)
+    method.check(tuning, adapter.manifest)
     if adapter.manifest.epoch != 0:
         raise RejectError("a job begins with epoch 0")
     if (tuning.momentum > 0) != (adapter.manifest.update_rule == "momentum"):
@@ -49,16 +53,18 @@ def _check_task(task: Task) -> None:
         raise RejectError(f"task: labels share the word {min(twice)!r}; give each its own")
 
 
-def _check_sizes(spec: JobSpec) -> None:
+def _check_sizes(spec: JobSpec, *, walks: bool) -> None:
     tuning, pacing = spec.tuning, spec.pacing
     if pacing.minimum_probes > pacing.enough_probes:
         raise RejectError(
             f"pacing: minimum_probes {pacing.minimum_probes} is more than enough_probes"
             f" {pacing.enough_probes}"
         )
-    most = MAX_EVENT_BYTES // (BYTES_A_DIRECTION + BYTES_A_LATE_ROUND * pacing.lateness_rounds)
-    if tuning.directions > most:
+    each = BYTES_A_WALKED if walks else BYTES_A_DIRECTION
+    most = MAX_EVENT_BYTES // (each + BYTES_A_LATE_ROUND * pacing.lateness_rounds)
+    directions = tuning.directions * tuning.candidates
+    if directions > most:
         raise RejectError(
-            f"tuning: {tuning.directions} directions do not fit one event of the log; at most"
+            f"tuning: {directions} directions do not fit one event of the log; at most"
             f" {most} do with lateness_rounds {pacing.lateness_rounds}"
         )

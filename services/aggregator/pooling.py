@@ -8,6 +8,7 @@ Differs in: the unbiased ratio <a, b> / (|a - b|^2 / 4) instead of a raw varianc
 the scale of the loss.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from shared.directions import width
 from shared.errors import InvalidUpdate
-from shared.messages import PoolSums, ProbeResult
+from shared.messages import PoolSums, ProbeResult, Range, WalkSums
 
 QUANTUM = 2.0**-20
 """One step of a loss difference, nats."""
@@ -44,6 +45,12 @@ class Pool:
         if sums.bends:
             self.bends[span] += np.frombuffer(sums.bends, "<i8")
 
+    def add_walk(self, sums: WalkSums) -> None:
+        """Add a half's walks: their word is on every direction, 0 where they did not go."""
+        indices = indices_of(sums.ranges)
+        self.differences[sums.half, indices] += np.frombuffer(sums.differences, "<i8")
+        self.weights[sums.half] += sums.share
+
     @property
     def measured(self) -> NDArray[np.bool]:
         """Which directions anyone has measured: (P,)."""
@@ -52,6 +59,10 @@ class Pool:
     def slopes(self, eps: float) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """rho_j in nats per unit of weight and of theta, 0 where unmeasured; and W_j. Both (P,)."""
         return _slopes(self.differences.sum(axis=0), self.weights.sum(axis=0), eps)
+
+    def half(self, half: int, eps: float) -> NDArray[np.float64]:
+        """Weight times slope of one half: (P,) float64."""
+        return self.differences[half] * (QUANTUM / (2 * eps))
 
     def signal(self, eps: float) -> float | None:
         """Signal-to-noise of the slopes: 0 is all noise, 1 as much signal. None: one half only."""
@@ -96,8 +107,8 @@ class Batch:
             at += count
             self.touched.append((first, first + count))
 
-    def sums(self) -> list[PoolSums]:
-        """What to log: one entry for each half that was touched."""
+    def sums(self, round: int = 0) -> list[PoolSums]:
+        """What to log of `round` (0: the open one): one entry for each half that was touched."""
         if not self.touched:
             return []
         low = min(first for first, _ in self.touched)
@@ -116,6 +127,7 @@ class Batch:
                     differences=self.pool.differences[half, low:high].astype("<i8").tobytes(),
                     bends=bends.astype("<i8").tobytes() if bends.any() else b"",
                     weights=(weights[:1] if uniform else weights).astype("<i8").tobytes(),
+                    round=round,
                 )
             )
             bends = np.zeros(0, np.int64)  # both halves share them: logged once
@@ -135,15 +147,31 @@ def check(result: ProbeResult, directions: int) -> None:
         )
     if result.bends and len(result.bends) != 4 * count:
         raise InvalidUpdate(f"{count} directions but {len(result.bends)} bytes of bends")
+    check_ranges(result.ranges, directions)
+    if count and not result.weight:
+        raise InvalidUpdate("probes of weight 0")
+
+
+def check_ranges(ranges: Sequence[Range], directions: int) -> None:
+    """Find a direction that is named twice or lies outside the pool.
+
+    Raises:
+        InvalidUpdate: names it.
+    """
     end = 0
-    for first, length in sorted(result.ranges):
+    for first, length in sorted(ranges):
         if first < end:
             raise InvalidUpdate(f"direction {first} is named twice")
         end = first + length
     if end > directions:
         raise InvalidUpdate(f"direction {end - 1} in a pool of {directions}")
-    if count and not result.weight:
-        raise InvalidUpdate("probes of weight 0")
+
+
+def indices_of(ranges: Sequence[Range]) -> NDArray[np.intp]:
+    """The directions of `ranges`, in their order: (n,)."""
+    if not ranges:
+        return np.zeros(0, np.intp)
+    return np.concatenate([np.arange(first, first + count) for first, count in ranges])
 
 
 def slopes_of(result: ProbeResult, eps: float) -> NDArray[np.float64]:

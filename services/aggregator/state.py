@@ -11,11 +11,11 @@ import msgspec
 
 from services.aggregator import pooling
 from services.aggregator.folding import Folding, Outcome
-from services.aggregator.methods import METHODS, Closing
+from services.aggregator.methods import METHODS, Closing, Method, Past, RoundSums
 from services.aggregator.pooling import Pool
 from services.aggregator.roster import Counted, Roster
-from services.aggregator.rounds import Evaluated, Progress, RoundRecord, contribute
-from services.aggregator.terms import merged, of_pool
+from services.aggregator.rounds import Evaluated, Progress, RoundRecord, contribute, round_of
+from services.aggregator.terms import merged
 from shared.adapter import Adapter
 from shared.errors import RejectError, StaleMessage
 from shared.messages import (
@@ -25,20 +25,22 @@ from shared.messages import (
     DetailEvent,
     EpochOpened,
     EvaluationSums,
+    Importance,
     JobEnded,
     JobOpened,
     JobSpec,
     JobSummary,
     LogEvent,
     ModelPublished,
+    PoolSums,
     RoundClosed,
     RoundOpened,
     RoundReport,
     SubmitUpdate,
     UpdatesFolded,
+    WalkSums,
 )
 
-MAX_DEADLINE_S = 3600.0
 KEPT_SNAPSHOTS = 2
 EVALUATION_ROUNDS = 100
 """How late an evaluation may come: the first one of a job reads all held-out rows."""
@@ -57,7 +59,8 @@ class JobState:
         self.rounds: dict[int, RoundRecord] = {}
         self._roster = Roster()
         self.open: RoundOpened | None = None
-        self.progress = Progress(Pool(0))
+        self.carried: list[int] = []
+        """Closed rounds whose sums wait for the commit of the open one."""
         self.round = 0
         self.commits = 0
         self.abandoned_in_a_row = 0
@@ -73,6 +76,8 @@ class JobState:
         self.evaluations_logged: set[tuple[int, int]] = set()
         """Each by the UpdatesFolded it was made from, and the round it is of."""
         self.evaluated: Evaluated | None = None
+        self._newest: Commit | None = None
+        self._importance: Importance | None = None
         self._successor: Adapter | None = None
 
     @property
@@ -87,7 +92,7 @@ class JobState:
     ) -> tuple[UpdatesFolded | None, list[Outcome]]:
         """What to log for a batch of this job's updates, and what becomes of each, in order."""
         epoch = self.adapter.manifest.epoch
-        counted = self.progress.updates
+        counted = sum(progress.updates for _, progress in self._together())
         batch = Folding(self.job, epoch, self.open, self.rounds, counted, self._allowed)
         outcomes: list[Outcome] = []
         for update in updates:
@@ -113,8 +118,9 @@ class JobState:
             return [self._closed(opened, "evaluated" if enough else "deadline", None)]
         if self.progress.probes < self.spec.pacing.minimum_probes:
             return [self._closed(opened, "abandoned", None)]
-        method = METHODS[self.spec.tuning.method]
-        closing = method(self.progress.pool, self.spec.tuning, opened)
+        sums = [RoundSums(record.opened, progress.pool) for record, progress in self._together()]
+        measured = [each for each in sums if each.opened is opened or each.pool.measured.any()]
+        closing = self._method.close(measured, self.spec.tuning, self.adapter)
         return [self._closed(opened, "enough" if enough else "deadline", closing)]
 
     def decide_next(self) -> list[LogEvent | DetailEvent]:
@@ -158,8 +164,7 @@ class JobState:
             case RoundOpened():
                 self.open = event
                 self.round = event.round
-                self.rounds[event.round] = RoundRecord(event, Counted(self._roster))
-                self.progress = Progress(Pool(event.directions))
+                self.rounds[event.round] = RoundRecord.of(event, Counted(self._roster))
                 self._forget()
             case RoundClosed():
                 self._evolve_closed(event)
@@ -177,6 +182,7 @@ class JobState:
                 self._evolve_folded(event, sequence)
             case RoundReport():
                 self.reported_round = max(self.reported_round, event.round)
+                self._importance = event.importance or self._importance
                 if event.round in self.rounds:
                     self.rounds[event.round].contributions.clear()
             case JobOpened():
@@ -200,6 +206,12 @@ class JobState:
             loss=evaluated.loss / evaluated.weight if evaluated and evaluated.weight else None,
         )
 
+    @property
+    def progress(self) -> Progress:
+        """Of the open round."""
+        record = None if self.open is None else self.rounds[self.open.round]
+        return (record and record.progress) or Progress(Pool(0))
+
     # ---- inside
 
     @property
@@ -216,6 +228,16 @@ class JobState:
         self._behind.clear()
         return self._theta
 
+    @property
+    def _method(self) -> Method:
+        return METHODS[self.spec.tuning.method]
+
+    def _together(self) -> list[tuple[RoundRecord, Progress]]:
+        """The rounds that make one commit: those carried on, and the open one last."""
+        numbers = [*self.carried, *([self.open.round] if self.open else [])]
+        records = [self.rounds[number] for number in numbers]
+        return [(record, record.progress) for record in records if record.progress is not None]
+
     def _enough(self, opened: RoundOpened) -> bool:
         progress = self.progress
         if opened.kind == "evaluate":
@@ -229,7 +251,9 @@ class JobState:
         closing: Closing | None,
     ) -> RoundClosed:
         adapter, progress = self.adapter, self.progress
-        commit = self._commit(opened, closing)
+        more = closing is not None and closing.frozen is None
+        waiting = more or (reason == "abandoned" and bool(self.carried))
+        commit = None if waiting else self._commit(closing)
         if commit is not None:
             commit = adapter.fitting(commit)
         self._successor = adapter.after(opened.round, commit)
@@ -250,43 +274,32 @@ class JobState:
             loss=progress.loss * pooling.QUANTUM / progress.loss_weight
             if progress.loss_weight
             else None,
-            signal=progress.pool.signal(opened.eps) if closing else None,
+            signal=closing.signal if closing else None,
+            more=more,
+            variance=closing.variance if closing else None,
         )
 
-    def _commit(self, opened: RoundOpened, closing: Closing | None) -> Commit | None:
-        """The round's own term, if it has enough for one, and the late ones, which always count."""
-        terms = merged(self.progress.late)
-        if closing is not None:
-            measured = self.progress.pool.measured
-            terms.insert(
-                0, of_pool(opened.stream_round, opened.scope, closing.coefficients, measured)
-            )
+    def _commit(self, closing: Closing | None) -> Commit | None:
+        """The rounds' own terms, if they have enough for one, and the late ones, always."""
+        late = [term for _, progress in self._together() for term in progress.late]
+        terms = [*(closing.terms if closing else ()), *merged(late)]
         return Commit(self.spec.tuning.momentum, terms) if terms else None
 
     def _next_round(self) -> RoundOpened:
-        spec, adapter = self.spec, self.adapter
-        number = self.round + 1
-        tune = self.commits < spec.tuning.rounds
+        spec, adapter, number = self.spec, self.adapter, self.round + 1
+        plan = None
+        if self.commits < spec.tuning.rounds:
+            terms = self._newest.terms if self._newest else ()
+            past = Past(self.commits, terms, self._importance)
+            plan = self._method.plan(spec.tuning, adapter, number, past)
+        opened = round_of(self.job, spec, adapter, number, plan, self.abandoned_in_a_row)
         every = spec.evaluation.every_rounds
-        deadline_s = spec.pacing.deadline_s * 2.0 ** min(self.abandoned_in_a_row, 20)
-        return RoundOpened(
-            job=self.job,
-            epoch=adapter.manifest.epoch,
-            round=number,
-            stream_round=number,
-            kind="tune" if tune else "evaluate",
-            how=spec.tuning.how,
-            directions=spec.tuning.directions if tune else 0,
-            eps=spec.tuning.eps,
-            batch_rows=spec.tuning.batch_rows,
-            scope=adapter.layout.everything,
-            digest=adapter.digest(),
-            evaluate=not tune or (bool(every) and self.commits % every == 0),
-            enough_devices=spec.pacing.enough_devices if tune else spec.evaluation.enough_devices,
-            enough_probes=spec.pacing.enough_probes if tune else 0,
-            over_selection=spec.pacing.over_selection,
-            deadline_s=min(max(MAX_DEADLINE_S, spec.pacing.deadline_s), deadline_s),
+        due = bool(every) and self.commits % every == 0 and not self.carried
+        return msgspec.structs.replace(
+            opened,
+            evaluate=plan is None or due,
             commits=self.commits,
+            batch_round=self.carried[0] if self.carried else 0,
         )
 
     def _evaluated(self, sequence: int, sums: EvaluationSums) -> AdapterEvaluated:
@@ -300,6 +313,7 @@ class JobState:
             epoch=record.opened.epoch,
             round=record.opened.round,
             contributions=list(record.contributions.values()),
+            importance=record.visits.after(self._importance) if record.visits else None,
         )
 
     def _end(self) -> JobEnded:
@@ -324,10 +338,17 @@ class JobState:
         self.open = None
         self.round = event.round
         self.detail_sequence = max(self.detail_sequence, event.detail_sequence)
-        tuned = record.opened.kind == "tune" and event.reason in ("enough", "deadline")
+        self.carried.append(event.round)
+        if not (event.more or (event.reason == "abandoned" and len(self.carried) > 1)):
+            for number in self.carried:
+                self.rounds[number].committed(event.frozen)
+            self.carried = []
+        ended = event.reason in ("enough", "deadline") and not event.more
+        tuned = record.opened.kind == "tune" and ended
+        if tuned:
+            self._newest = event.commit
         self.commits += tuned
         self.abandoned_in_a_row = self.abandoned_in_a_row + 1 if event.reason == "abandoned" else 0
-        record.frozen = event.frozen
         self.stopped = event.reason == "stopped"
         evaluation_left = self.spec.evaluation.every_rounds and record.opened.kind == "tune"
         complete = self.commits >= self.spec.tuning.rounds and not evaluation_left
@@ -362,27 +383,45 @@ class JobState:
                 self.rounds[row.round].count(row)
             if row.kind == "probe" and event.round in self.rounds:
                 contribute(self.rounds[event.round].contributions, row)
-        if self.open is None or event.round != self.open.round:
+        for sums in (*event.sums, *event.walks):
+            self._add(sums, sums.round or event.round)
+        record = self.rounds.get(event.round)
+        if record is None or record.progress is None:
             return
-        progress = self.progress
-        for sums in event.sums:
-            progress.pool.add(sums)
+        progress = record.progress
         progress.late += event.late
         progress.loss += event.loss
         progress.loss_weight += event.loss_weight
         for row in event.updates:
             if row.kind == "evaluate":
-                progress.evaluators += row.round == self.open.round
+                progress.evaluators += row.round == event.round
             elif row.outcome == "late":
                 progress.late_updates += 1
-            else:
+            else:  # of a round that is carried on, it is not counted for the open one
                 progress.updates += 1
-                progress.probes += row.probes
-                progress.devices += self.rounds[event.round].seen.delivers(row.device)
+                if row.round == event.round:
+                    progress.probes += row.probes
+                    progress.devices += record.seen.delivers(row.device)
+
+    def _add(self, sums: PoolSums | WalkSums, number: int) -> None:
+        """What updates add to the round `number`, if it has no commit yet."""
+        record = self.rounds.get(number)
+        if record is None:
+            return
+        if isinstance(sums, WalkSums) and record.visits is not None:
+            record.visits.add(sums)
+        if record.progress is None:
+            return
+        if isinstance(sums, WalkSums):
+            record.progress.pool.add_walk(sums)
+        else:
+            record.progress.pool.add(sums)
 
     def _forget(self) -> None:
         """Drop what is past the lateness bound; of evaluated rounds, what probes need."""
         for number, record in list(self.rounds.items()):
+            if record.progress is not None:
+                continue
             age = self.round - number
             if age > self.spec.pacing.lateness_rounds:
                 record.expire()

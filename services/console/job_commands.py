@@ -44,6 +44,7 @@ def submit_job(
     rank: options.Rank = None,
     targets: options.Targets = None,
     layers: options.Layers = None,
+    method: options.Method = None,
     how: options.How = None,
     rounds: options.Rounds = None,
     directions: options.Directions = None,
@@ -51,6 +52,11 @@ def submit_job(
     step: options.Step = None,
     batch_rows: options.BatchRows = None,
     momentum: options.Momentum = None,
+    local_steps: options.LocalSteps = None,
+    pool: options.Pool = None,
+    candidates: options.Candidates = None,
+    variance: options.Variance = None,
+    threshold: options.Threshold = None,
     deadline: options.Deadline = None,
     enough_devices: options.EnoughDevices = None,
     enough_probes: options.EnoughProbes = None,
@@ -64,6 +70,8 @@ def submit_job(
 ) -> None:
     """Look into a model, build the job's adapter, upload the model and start the job."""
     printer = Printer(as_json=as_json)
+    if pool is not None and directions is not None:
+        raise typer.BadParameter("--pool is --directions by another name: give one of them")
 
     def given(rows: Path | None) -> dict[str, Table]:
         return {
@@ -78,13 +86,18 @@ def submit_job(
                 "layers": layers,
             },
             "tuning": {
+                "method": method,
                 "how": how,
                 "rounds": rounds,
-                "directions": directions,
+                "directions": directions if pool is None else pool,
                 "eps": eps,
                 "step": step,
                 "batch_rows": batch_rows,
                 "momentum": momentum,
+                "local_steps": local_steps,
+                "candidates": candidates,
+                "variance": variance,
+                "threshold": threshold,
             },
             "pacing": {
                 "deadline_s": deadline,

@@ -16,6 +16,7 @@ from shared.adapter import Layout
 from shared.codec import encode_manifest
 from shared.engine.protocol import Facts
 from shared.messages import Block, Manifest, Variant
+from shared.messages.jobs import Distribution
 
 OUTPUT = "output.weight"
 MAX_MANIFEST_BYTES = 400_000
@@ -38,6 +39,8 @@ class AdapterOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Matrices of each layer, such as attn_q; empty: attention's."""
     layers: str = "all"
     """`all`, `3` or `2-5`, both ends included."""
+    distribution: Distribution = "signs"
+    """What directions are made of."""
 
 
 def manifest(
@@ -68,6 +71,7 @@ def manifest(
         blocks=blocks,
         variants=[variant],
         d=1,
+        distribution=options.distribution,
         update_rule="momentum" if momentum else "plain",
     )
     made = msgspec.structs.replace(made, d=Layout(made).d)

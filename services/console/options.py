@@ -112,6 +112,49 @@ How = Annotated[
         rich_help_panel=METHOD,
     ),
 ]
+Method = Annotated[
+    Literal["seedwire", "mezo", "fwdllm", "fedkseed", "fedkseed-pro"] | None,
+    typer.Option(
+        help="How measurements become steps (seedwire). The others are as in their papers, with "
+        "their papers' numbers (rounds, eps, step, directions, ...) unless told otherwise; --step "
+        "is their learning rate.",
+        rich_help_panel=METHOD,
+    ),
+]
+LocalSteps = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="fedkseed: steps that a device walks in a round (200).", rich_help_panel=METHOD
+    ),
+]
+Pool = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="fedkseed: directions that there are for the whole job (4096).",
+        rich_help_panel=METHOD,
+    ),
+]
+Candidates = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="fwdllm: of so many times --directions, every second commit takes the best (10).",
+        rich_help_panel=METHOD,
+    ),
+]
+Variance = Annotated[
+    Literal["raw", "normalised"] | None,
+    typer.Option(
+        help="fwdllm: measure a batch again until two halves of the estimates differ by less than "
+        "--threshold (raw), or agree by more (normalised: signal to noise).",
+        rich_help_panel=METHOD,
+    ),
+]
+Threshold = Annotated[
+    float | None,
+    typer.Option(help="fwdllm: see --variance (raw 0.1).", rich_help_panel=METHOD),
+]
 Rounds = Annotated[
     int | None, typer.Option(min=1, help="Rounds of tuning (100).", rich_help_panel=METHOD)
 ]

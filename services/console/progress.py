@@ -128,7 +128,8 @@ class Progress:
         return rows
 
     def _close(self, event: RoundClosed) -> None:
-        self.round, self.reason, self.devices = event.round, event.reason, event.devices
+        self.round, self.devices = event.round, event.devices
+        self.reason = "more on the same batch" if event.more else event.reason
         self.news, self._measured = self._measured, False
         self.updates += event.updates + event.late
         self.abandoned += event.reason == "abandoned"

@@ -1,4 +1,4 @@
-"""A job's settings: defaults of its adapter, then a TOML file, then the command line.
+"""A job's settings: defaults of its adapter and method, then a TOML file, then the command line.
 
 The file's tables are those of JobSpec (`task`, `tuning`, `pacing`, `evaluation`) and `adapter`.
 Pure but for reading the file.
@@ -16,6 +16,7 @@ import msgspec
 from services.console.failure import Usage
 from services.console.labels import spaced
 from services.console.manifest import AdapterKind, AdapterOptions
+from services.console.methods import METHODS
 from shared.errors import ConfigError
 from shared.messages import Evaluation, JobSpec, Pacing, Task, Tuning
 
@@ -78,10 +79,13 @@ def wanted(flags: Mapping[str, Mapping[str, object]], file: Table) -> Wanted:
         for table, fields in flags.items()
     }
     labelled = bool({**_table(file, "task"), **given.get("task", {})}.get("labels"))
+    method = _method({**_table(file, "tuning"), **given.get("tuning", {})})
+    own = METHODS[method].tables
     adapter = _parsed(
         {
             "adapter": {
                 "kind": "output-rows" if labelled else "lora",
+                **own.get("adapter", {}),
                 **_table(file, "adapter"),
                 **given.get("adapter", {}),
             }
@@ -92,8 +96,9 @@ def wanted(flags: Mapping[str, Mapping[str, object]], file: Table) -> Wanted:
     merged: Table = {key: value for key, value in file.items() if key not in TABLES}
     defaults = DEFAULTS[adapter.kind] | {"task": _task_defaults(labelled=labelled)}
     for table in TABLES.keys() - {"adapter"}:
-        merged[table] = defaults.get(table, {}) | _table(file, table) | given.get(table, {})
-    _let_follow(merged)
+        ours = defaults.get(table, {}) | own.get(table, {})
+        merged[table] = ours | _table(file, table) | given.get(table, {})
+    _let_follow(merged, method)
     spec = _parsed(merged, JobSpec, given)
     if spec.tuning.how == "exact" and adapter.kind != "output-rows":
         raise Usage("--how exact needs --adapter output-rows; use --how probe")
@@ -125,17 +130,26 @@ def _task_defaults(*, labelled: bool) -> Table:
     return {"loss": "tokens"}
 
 
-def _let_follow(merged: Table) -> None:
+def _method(tuning: Table) -> str:
+    method = tuning.get("method", Tuning().method)
+    if not isinstance(method, str) or method not in METHODS:
+        raise Usage(f"--method {method}: there are {', '.join(METHODS)}")
+    return method
+
+
+def _let_follow(merged: Table, method: str) -> None:
     """Settle what hangs on other settings.
 
-    With `exact` every device answers the whole pool. A short job is served while it learns, too.
+    With `exact` and `mezo` every device answers the whole pool, a walk has its steps, and of
+    `fwdllm` the devices answer a pool between them. A short job is served while it learns, too.
     """
     tuning, pacing = _table(merged, "tuning"), _table(merged, "pacing")
-    if tuning.get("how") == "exact" and "enough_probes" not in pacing:
-        directions = tuning.get("directions", Tuning().directions)
-        devices = pacing.get("enough_devices", Pacing().enough_devices)
-        if isinstance(directions, int) and isinstance(devices, int):
-            pacing["enough_probes"] = directions * devices
+    name = "local_steps" if method.startswith("fedkseed") else "directions"
+    each = tuning.get(name, getattr(Tuning(), name))
+    devices = 1 if method == "fwdllm" else pacing.get("enough_devices", Pacing().enough_devices)
+    follows = method != "seedwire" or tuning.get("how") == "exact"
+    if follows and isinstance(each, int) and isinstance(devices, int):
+        pacing.setdefault("enough_probes", each * devices)
     rounds = tuning.get("rounds", Tuning().rounds)
     if isinstance(rounds, int):
         merged.setdefault("snapshot_every", min(MOST_APART, max(1, rounds // VERSIONS)))

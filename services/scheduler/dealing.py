@@ -21,6 +21,13 @@ def deal(position: int, count: int, pool: int, own: Sequence[Range]) -> list[Ran
     return dealt
 
 
+def left_out(pool: int, survivors: Sequence[Range]) -> list[Range]:
+    """What of range(pool) is not in `survivors`; nothing where there are none."""
+    if not survivors:
+        return []
+    return [(start, end - start) for start, end in _gaps(0, pool, survivors) if end > start]
+
+
 def width(ranges: Sequence[Range]) -> int:
     """How many directions `ranges` holds."""
     return sum(count for _, count in ranges)

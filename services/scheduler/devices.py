@@ -16,6 +16,8 @@ class Device:
     seen: float
     report: DeviceReport | None = None
     reported_at: float = 0.0
+    kinds: frozenset[str] | None = None
+    """Of work that it does, as it last said; None: it has not asked yet."""
     tokens_per_s: float = 0.0
     """What it sent through its model between its last two reports."""
     key: UpdateKey | None = None
@@ -24,6 +26,10 @@ class Device:
     """When the work in its hand is no longer waited for."""
     called_at: float | None = None
     """When it was called; None if it has been heard since."""
+
+    def does(self, kind: str) -> bool:
+        """Whether it may be called for work of this kind."""
+        return self.kinds is None or kind in self.kinds
 
     def works(self, now: float) -> bool:
         return self.key is not None and now < self.until

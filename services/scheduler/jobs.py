@@ -93,7 +93,7 @@ class Job:
         """Learn how fast devices are, and what the open round has."""
         for row in event.updates:
             if row.kind == "probe" and row.probes:
-                units = 1 if self.spec.tuning.how == "exact" else row.probes
+                units = 1 if self._exact else row.probes
                 self.paces.seen(row.device, row.work_s / units)
             if self.open is not None and row.round == self.open.opened.round:
                 self.open.counted(row)
@@ -115,8 +115,8 @@ class Job:
         """Take over what a device says of its speed."""
         for speed in report.speeds:
             if speed.job == self.name:
-                exact = self.spec.tuning.how == "exact"
-                self.paces.told(report.device, speed.exact_s if exact else speed.probe_s)
+                unit_s = speed.exact_s if self._exact else speed.probe_s
+                self.paces.told(report.device, unit_s)
 
     # ---- decide
 
@@ -149,7 +149,7 @@ class Job:
             if isinstance(offer, Offer):
                 return offer
             reason = offer
-        if "probe" in kinds and report.rows:
+        if opened.kind in kinds and report.rows:
             return opened.probes_for(report.device, self.paces.get(report.device), now)
         return reason
 
@@ -163,21 +163,25 @@ class Job:
         live = [each for each in devices if each.seen >= live_after and each.present(now)]
         probers, wanted = dict[str, float](), 0
         if opened.opened.kind == "tune" and wave == OPENING:
-            able = {each.name for each in live if self._probes(each)}
+            able = {each.name for each in live if self._probes(each, opened)}
             ranked = self.bandit.ranked(able | self._unreported(devices), tie)
-            probers, wanted = self._best(opened.opened, ranked)
+            probers, wanted = self._best(opened, ranked)
         elif opened.opened.kind == "tune" and wave == REPLACEMENTS:
             able = {
                 each.name
                 for each in live
-                if self._probes(each) and not each.works(now) and each.name not in opened.chosen
+                if self._probes(each, opened)
+                and not each.works(now)
+                and each.name not in opened.chosen
             }
             probers = dict(islice(self.bandit.ranked(able, tie), opened.missing))
         elif opened.opened.kind == "tune":
-            able = {each.name for each in live if self._probes(each) and not each.works(now)}
-            # Those who have done a part already are asked last; an exact one has nothing to add.
+            able = {
+                each.name for each in live if self._probes(each, opened) and not each.works(now)
+            }
+            # Those who have done a part already are asked last, if they can add anything.
             ranked = self.bandit.ranked(able - opened.hands.keys(), tie)
-            if opened.opened.how == "probe":
+            if opened.once is None:
                 ranked = chain(ranked, self.bandit.ranked(able & opened.hands.keys(), tie))
             probers = dict(islice(ranked, max(1, opened.wanted - len(opened.delivered))))
         evaluators = self._evaluators(opened, live, wave)
@@ -185,9 +189,15 @@ class Job:
 
     # ---- inside
 
-    def _probes(self, device: Device) -> bool:
+    @property
+    def _exact(self) -> bool:
+        return self.spec.tuning.how == "exact"
+
+    def _probes(self, device: Device, opened: OpenRound) -> bool:
         report = device.report
-        return report is not None and report.rows > 0 and not self.refusal(report)
+        if report is None or not report.rows or not device.does(opened.kind):
+            return False
+        return not self.refusal(report)
 
     def _unreported(self, devices: Iterable[Device]) -> set[str]:
         """Who did work lately but is unknown: the scheduler was restarted, the device was not."""
@@ -197,12 +207,13 @@ class Job:
         return recent - {each.name for each in devices}
 
     def _best(
-        self, needed: RoundOpened, ranked: Iterator[tuple[str, float]]
+        self, opened: OpenRound, ranked: Iterator[tuple[str, float]]
     ) -> tuple[dict[str, float], int]:
         """The first devices that deliver what the round needs, over-selection included.
 
         And how many these should be; there may be fewer.
         """
+        needed = opened.opened
         best: dict[str, float] = {}
         probes = 0
         while len(best) < needed.enough_devices or probes < needed.enough_probes:
@@ -210,16 +221,16 @@ class Job:
             if not name:
                 break
             best[name] = index
-            probes += self._capacity(needed, name)
+            probes += self._capacity(opened, name)
         wanted = ceil(needed.over_selection * max(len(best), needed.enough_devices))
         best.update(islice(ranked, wanted - len(best)))
         return best, wanted
 
-    def _capacity(self, needed: RoundOpened, name: str) -> int:
-        if needed.how == "exact":
-            return needed.directions
-        fit = cost_model.fitting(needed.deadline_s, self.paces.get(name))
-        return min(needed.directions, max(1, fit))
+    def _capacity(self, opened: OpenRound, name: str) -> int:
+        if opened.once is not None:
+            return opened.once
+        fit = cost_model.fitting(opened.opened.deadline_s, self.paces.get(name))
+        return min(opened.pool, max(1, fit))
 
     def _evaluators(self, opened: OpenRound, live: Iterable[Device], wave: int) -> tuple[str, ...]:
         """Trusted devices that are not asked yet, the fastest first."""

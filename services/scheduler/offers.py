@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from shared.messages import EvaluateWork, ProbeWork
+from shared.messages import EvaluateWork, ProbeWork, WalkWork
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,5 +24,5 @@ class Selection:
 class Offer:
     """Work for one device, and why."""
 
-    work: ProbeWork | EvaluateWork
+    work: ProbeWork | EvaluateWork | WalkWork
     reason: str

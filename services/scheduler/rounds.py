@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from math import ceil
 
 from services.scheduler import cost_model
-from services.scheduler.dealing import deal, width
+from services.scheduler.dealing import deal, left_out, width
 from services.scheduler.offers import Offer, Selection
 from shared.messages import (
     EvaluateWork,
@@ -16,6 +16,7 @@ from shared.messages import (
     Range,
     RoundOpened,
     UpdateKey,
+    WalkWork,
     WorkAssigned,
 )
 
@@ -70,6 +71,7 @@ class OpenRound:
         self._probing = 0
         self._evaluating = 0
         self._position = 0
+        self._left_out = left_out(opened.directions, opened.survivors)
 
     # ---- evolve
 
@@ -96,8 +98,7 @@ class OpenRound:
         if isinstance(assigned.work, EvaluateWork):
             self._takes_evaluation(device, hand)
             return
-        ranges = assigned.work.ranges
-        count = width(ranges)
+        ranges, count = _directions(assigned.work)
         self._takes_probes(device, hand)
         hand.ranges += ranges
         hand.newest = ranges
@@ -177,6 +178,23 @@ class OpenRound:
         return REPLACEMENTS if self.wave == OPENING and absent and age >= self._grace_s else 0
 
     @property
+    def kind(self) -> str:
+        """What devices with rows do in it."""
+        return "probe" if self.opened.walk is None else "walk"
+
+    @property
+    def once(self) -> int | None:
+        """How many probes a device's only part comes to; None where it may do many parts."""
+        if self.opened.walk is not None:
+            return self.opened.walk.steps
+        return self.opened.directions if self.opened.how == "exact" else None
+
+    @property
+    def pool(self) -> int:
+        """How many directions are worth measuring."""
+        return width(self.opened.survivors) or self.opened.directions
+
+    @property
     def missing(self) -> int:
         """How many of the last wave's devices have not been given probes."""
         return len(self._missing)
@@ -210,20 +228,20 @@ class OpenRound:
         return Offer(EvaluateWork(), "a trusted device with held-out rows")
 
     def probes_for(self, device: str, unit_s: float | None, now: float) -> Offer | str:
-        """Directions to measure, or why there are none for this device."""
+        """Directions to measure or to walk, or why there are none for this device."""
         opened = self.opened
         where = f"round {opened.round}"
         hand = self.hands.get(device) or Hand()
         if opened.kind != "tune":
             return f"{where} is an evaluation alone"
-        if "probe" in hand.declined:
+        if self.kind in hand.declined:
             return f"it could not do the work of {where}"
         if not hand.probing and device not in self.chosen and not self._has_room(now):
             return f"{where} has enough devices"
         if hand.probing and self.assigned >= self.goal:
             return f"{where} has given out as many probes as it needs"
         why = self._why(device, hand)
-        if opened.how == "exact":
+        if self.once is not None:
             return self._all_directions(hand, unit_s, now, why)
         left = self.remaining_s(now)
         if left <= 0:
@@ -233,7 +251,8 @@ class OpenRound:
             return f"a probe takes it {unit_s or 0:.3g} s and {where} ends in {left:.3g} s"
         lacking = self.goal - self.assigned if hand.probing else self.share
         count = min(self.share, lacking, max(1, fit))
-        ranges = deal(self._position, count, opened.directions, hand.ranges)
+        own = hand.ranges + self._left_out
+        ranges = deal(self._position, count, opened.directions, own)
         if not ranges:
             return f"it has measured every direction of {where}"
         pace = "a trial of its speed" if unit_s is None else f"{unit_s:.3g} s each"
@@ -245,18 +264,21 @@ class OpenRound:
     def _all_directions(
         self, hand: Hand, unit_s: float | None, now: float, why: str
     ) -> Offer | str:
-        left = self.remaining_s(now)
+        opened, left = self.opened, self.remaining_s(now)
         if hand.probing:
-            return f"it has measured every direction of round {self.opened.round}"
-        if left < self.opened.deadline_s / 2 and (unit_s or 0.0) > left:
-            return f"it needs {unit_s:.3g} s and round {self.opened.round} ends in {left:.3g} s"
-        ranges: list[Range] = [(0, self.opened.directions)]
+            done = "walked" if opened.walk else "measured every direction of"
+            return f"it has {done} round {opened.round}"
+        needed_s = (unit_s or 0.0) * (opened.walk.steps if opened.walk else 1)
+        if left < opened.deadline_s / 2 and needed_s > left:
+            return f"it needs {needed_s:.3g} s and round {opened.round} ends in {left:.3g} s"
+        if opened.walk is not None:
+            walk = WalkWork(opened.directions, opened.walk)
+            return Offer(walk, f"{why}; a walk of {opened.walk.steps} steps, {left:.3g} s left")
+        ranges: list[Range] = [(0, opened.directions)]
         return Offer(ProbeWork("exact", ranges), f"{why}; all directions, {left:.3g} s left")
 
     def _share(self, probes: int, devices: int) -> int:
-        if self.opened.how == "exact":
-            return self.opened.directions
-        return max(1, ceil(probes / max(1, devices)))
+        return self.once or max(1, ceil(probes / max(1, devices)))
 
     def _why(self, device: str, hand: Hand) -> str:
         if hand.probing:
@@ -288,3 +310,10 @@ class OpenRound:
         self._evaluating += not hand.evaluating
         hand.evaluating = True
         self._missing_evaluators.discard(device)
+
+
+def _directions(work: ProbeWork | WalkWork) -> tuple[list[Range], int]:
+    """What work is along, and how many probes it comes to."""
+    if isinstance(work, WalkWork):
+        return [(0, work.directions)], work.walk.steps
+    return work.ranges, width(work.ranges)

@@ -22,12 +22,14 @@ from shared.messages import (
     DeviceReport,
     DevicesListed,
     DeviceSummary,
+    EvaluateWork,
     JobEnded,
     JobOpened,
     ProbeWork,
     RequestWork,
     RoundReport,
     UpdateKey,
+    WalkWork,
     WorkAssigned,
 )
 
@@ -39,7 +41,7 @@ LIVE_REPORTS = 2.5
 """A device that has been silent for so many reports is not called."""
 MAX_LISTED = 2000
 """What fits a message."""
-KINDS = ("probe", "evaluate")
+KINDS = ("probe", "walk", "evaluate")
 
 Fact = JobOpened | JobEnded | DeviceReport | RequestWork | WorkAssigned | JobFact
 
@@ -123,7 +125,8 @@ class State:
         if device is None or device.report is None or device.works(now):
             return ""
         for job, opened in self._open_rounds(name):
-            offer = job.offer(opened, device.report, KINDS, now) if opened.wave else ""
+            kinds = KINDS if device.kinds is None else device.kinds
+            offer = job.offer(opened, device.report, kinds, now) if opened.wave else ""
             if isinstance(offer, Offer):
                 return job.name
         return ""
@@ -144,6 +147,7 @@ class State:
     def _evolve_request(self, request: RequestWork, now: float) -> None:
         device = self._device(request.device, now)
         key, kind, device.key = device.key, device.kind, None
+        device.kinds = frozenset(request.kinds)
         for job in self.jobs.values():
             if job.open is not None:
                 job.open.asked(device.name)
@@ -154,7 +158,7 @@ class State:
             return
         if (refused := self._round_of(last)) is not None:
             if last != key:  # given before a restart of ours
-                kind = "probe" if refused.opened.kind == "tune" else "evaluate"
+                kind = refused.kind if refused.opened.kind == "tune" else "evaluate"
             refused.declined(device.name, kind)
 
     def _evolve_selection(self, selection: Selection, now: float) -> None:
@@ -168,7 +172,7 @@ class State:
         key = assigned.key
         device = self._device(key.device, now)
         device.key, device.until = key, now + assigned.deadline_s
-        device.kind = "probe" if isinstance(assigned.work, ProbeWork) else "evaluate"
+        device.kind = _kind(assigned.work)
         if (worked := self._round_of(key)) is not None:
             worked.given(assigned)
 
@@ -237,6 +241,26 @@ def _problem(report: DeviceReport) -> str:
     return "; ".join([report.problem, *of_jobs] if report.problem else of_jobs)
 
 
+def _kind(work: ProbeWork | EvaluateWork | WalkWork) -> str:
+    match work:
+        case ProbeWork():
+            return "probe"
+        case WalkWork():
+            return "walk"
+        case EvaluateWork():
+            return "evaluate"
+
+
+def _probes(work: ProbeWork | EvaluateWork | WalkWork) -> int:
+    match work:
+        case ProbeWork():
+            return width(work.ranges)
+        case WalkWork():
+            return work.walk.steps
+        case EvaluateWork():
+            return 0
+
+
 def _assigned(job: Job, round: OpenRound, request: RequestWork, offer: Offer, now: float) -> Answer:
     name, opened = request.device, round.opened
     part = round.next_part(name, request.last)
@@ -249,16 +273,16 @@ def _assigned(job: Job, round: OpenRound, request: RequestWork, offer: Offer, no
         batch_rows=opened.batch_rows,
         scope=opened.scope,
         deadline_s=round.remaining_s(now),
+        batch_round=opened.batch_round,
     )
-    probing = isinstance(offer.work, ProbeWork)
     arm, index = job.bandit.arm(name), round.chosen.get(name, job.bandit.index(name))
     decision = DecisionMade(
         job=job.name,
         round=opened.round,
         device=name,
         part=part,
-        kind="probe" if probing else "evaluate",
-        probes=width(offer.work.ranges) if isinstance(offer.work, ProbeWork) else 0,
+        kind=_kind(offer.work),
+        probes=_probes(offer.work),
         reason=offer.reason,
         index=0.0 if index == inf else index,
         mean=arm.mean,

@@ -42,6 +42,7 @@ class RoundRow(msgspec.Struct):
     weight: int = 0
     loss: float | None = None
     signal: float | None = None
+    variance: float | None = None
     digest: str = ""
     reported: bool = False
     """Its RoundReport has been counted."""
@@ -195,12 +196,13 @@ class JobHistory(msgspec.Struct):
 
     def _close(self, event: RoundClosed) -> None:
         row = self.row(event.round)
+        reason = "more" if event.more else event.reason
         if not row.reason:
-            self.closed[event.reason] = self.closed.get(event.reason, 0) + 1
-        row.reason, row.digest = event.reason, event.digest
+            self.closed[reason] = self.closed.get(reason, 0) + 1
+        row.reason, row.digest = reason, event.digest
         row.devices, row.updates, row.late = event.devices, event.updates, event.late
         row.probes, row.weight = event.probes, event.weight
-        row.loss, row.signal = event.loss, event.signal
+        row.loss, row.signal, row.variance = event.loss, event.signal, event.variance
         self.digest = event.digest
         if event.loss is not None:
             self.loss = event.loss

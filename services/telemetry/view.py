@@ -37,6 +37,7 @@ class ShownRound(msgspec.Struct, omit_defaults=True):
     late: int = 0
     loss: float | None = None
     signal: float | None = None
+    variance: float | None = None
 
 
 class ShownEvaluation(msgspec.Struct, omit_defaults=True):
@@ -242,6 +243,7 @@ def _round(row: RoundRow) -> ShownRound:
         row.late,
         row.loss,
         row.signal,
+        row.variance,
     )
 
 

@@ -34,9 +34,10 @@ def probe(job: Job, request: Probe) -> ProbeResult:
             is not finite.
     """
     job.require(request.digest)
-    held = job.rows_of(request.round)
+    number = request.batch_round or request.round
+    held = job.rows_of(number)
     seed, device = job.adapter.manifest.seed, job.request.device
-    drawn = batch(seed, request.round, device, len(held), request.batch_rows)
+    drawn = batch(seed, number, device, len(held), request.batch_rows)
     rows = [held[number] for number in drawn]
     if request.how == "exact":
         base, differences = _exact(job, request, rows)

@@ -9,7 +9,8 @@ from typing import Annotated, Protocol
 import msgspec
 from msgspec import Meta
 
-from shared.messages import Commit, EvaluateResult, ProbeResult, Ranges, Task
+from shared.messages import Commit, EvaluateResult, ProbeResult, Ranges, Task, WalkResult
+from shared.messages import Walk as Walking
 from shared.messages.jobs import How
 
 
@@ -71,6 +72,23 @@ class Probe(Request, frozen=True):
     stream_round: int
     how: How
     ranges: Ranges
+    eps: float
+    batch_rows: int
+    scope: tuple[int, int]
+    digest: str
+    batch_round: int = 0
+    """Whose mini-batch it is: 0, that of `round`."""
+
+
+class Walk(Request, frozen=True):
+    """Walk from the adapter along directions of the pool [0, directions). Answered by Walked."""
+
+    job: str
+    round: int
+    part: int
+    stream_round: int
+    directions: int
+    walk: Walking
     eps: float
     batch_rows: int
     scope: tuple[int, int]
@@ -137,6 +155,12 @@ class Probed(Answer, frozen=True):
     passes: int
 
 
+class Walked(Answer, frozen=True):
+    result: WalkResult
+    seconds: float
+    passes: int
+
+
 class Evaluated(Answer, frozen=True):
     result: EvaluateResult
     seconds: float
@@ -155,8 +179,8 @@ class Failed(Answer, frozen=True):
     """Not a refusal but an unexpected exception; `reason` holds its traceback."""
 
 
-RequestUnion = Inspect | OpenJob | Look | Restore | Apply | Probe | Evaluate | CloseJob
-AnswerUnion = Facts | Held | Opened | Standing | Probed | Evaluated | Done | Failed
+RequestUnion = Inspect | OpenJob | Look | Restore | Apply | Probe | Walk | Evaluate | CloseJob
+AnswerUnion = Facts | Held | Opened | Standing | Probed | Walked | Evaluated | Done | Failed
 
 Kind = Annotated[str, Meta(max_length=32)]
 

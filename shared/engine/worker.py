@@ -38,7 +38,10 @@ from shared.engine.protocol import (
     RequestUnion,
     Restore,
     Standing,
+    Walk,
+    Walked,
 )
+from shared.engine.walking import walk
 from shared.errors import EngineError, SeedwireError
 
 _CHUNK_BYTES = 1 << 16
@@ -79,6 +82,8 @@ class Child:
                 return job.standing()
             case Probe():
                 return self._probe(request)
+            case Walk():
+                return self._walk(request)
             case Evaluate():
                 return self._evaluate(request)
             case CloseJob():
@@ -100,6 +105,13 @@ class Child:
         result = probe(job, request)
         seconds = time.perf_counter() - began
         return Probed(result=result, seconds=seconds, passes=job.model.forwarded - sent)
+
+    def _walk(self, request: Walk) -> Walked:
+        job = self._job(request.job)
+        began, sent = time.perf_counter(), job.model.forwarded
+        result = walk(job, request)
+        seconds = time.perf_counter() - began
+        return Walked(result=result, seconds=seconds, passes=job.model.forwarded - sent)
 
     def _evaluate(self, request: Evaluate) -> Evaluated:
         job = self._job(request.job)

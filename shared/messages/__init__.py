@@ -46,6 +46,7 @@ from shared.messages.log import (
     EvaluationSums,
     FoldedUpdate,
     Frozen,
+    Importance,
     JobEnded,
     JobOpened,
     LogEvent,
@@ -56,6 +57,8 @@ from shared.messages.log import (
     RoundReport,
     Term,
     UpdatesFolded,
+    Walk,
+    WalkSums,
     WriterStarted,
 )
 from shared.messages.telemetry import ServiceReport
@@ -65,6 +68,7 @@ from shared.messages.updates import (
     SubmitUpdate,
     UpdateKey,
     UpdateSettled,
+    WalkResult,
 )
 from shared.messages.work import (
     STOPPED,
@@ -76,6 +80,7 @@ from shared.messages.work import (
     RequestWork,
     Speed,
     WakeUp,
+    WalkWork,
     WorkAssigned,
 )
 
@@ -147,6 +152,7 @@ __all__ = [
     "Frozen",
     "IdentitiesListed",
     "Identity",
+    "Importance",
     "InviteDevices",
     "JobAccepted",
     "JobEnded",
@@ -186,6 +192,10 @@ __all__ = [
     "UpdatesFolded",
     "Variant",
     "WakeUp",
+    "Walk",
+    "WalkResult",
+    "WalkSums",
+    "WalkWork",
     "WorkAssigned",
     "WriterStarted",
 ]

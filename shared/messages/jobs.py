@@ -90,6 +90,19 @@ class Tuning(Record, frozen=True):
     """A slope is held within `clip` times the pool's root mean square."""
     momentum: Annotated[int, Meta(ge=0, le=255)] = 0
     """k of V = (k V >> 8) + sum c z; 230 is about 0.9."""
+    local_steps: Annotated[int, Meta(ge=0, le=4096)] = 0
+    """fedkseed: steps that a device walks in a round, each along one direction of the pool."""
+    candidates: Annotated[int, Meta(ge=1, le=64)] = 1
+    """fwdllm: of so many times `directions`, every second commit takes those most alike to the
+    commit before it; 1: never."""
+    variance: Literal["raw", "normalised"] = "raw"
+    """fwdllm: what two halves of the estimates are judged by, over the block `monitored`. `raw`:
+    the mean of (a - b)^2 / 2 over its parameters, at most `threshold`. `normalised`: the
+    signal-to-noise <a, b> / (|a - b|^2 / 4), at least `threshold`."""
+    threshold: Annotated[float, Meta(gt=0.0, le=1e12)] = 0.1
+    monitored: Annotated[int, Meta(ge=0, lt=2**16)] = 0
+    most_more: Annotated[int, Meta(ge=0, le=40)] = 40
+    """fwdllm: so many rounds more at most on one batch, then it commits whatever the halves say."""
 
 
 class Pacing(Record, frozen=True):

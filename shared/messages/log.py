@@ -35,6 +35,20 @@ class EpochOpened(Message, frozen=True):
     """Of the adapter at theta = 0, round 0."""
 
 
+class Walk(Record, frozen=True):
+    """A device's steps of its own from the round's adapter, each along one direction of the pool.
+
+    Direction k is drawn with probability weights[k] / sum(weights); without `weights`, all alike.
+    """
+
+    steps: Annotated[int, Meta(ge=1, le=4096)]
+    step: Finite
+    """Learning rate of the mean loss in units of theta."""
+    held: Finite = 0.0
+    """Above 0: the sizes of the slopes are wanted too, each held within this."""
+    weights: Annotated[bytes, Meta(max_length=131_072)] = b""
+
+
 class RoundOpened(Message, frozen=True):
     """Devices may measure round `round` at the adapter `digest`.
 
@@ -61,6 +75,12 @@ class RoundOpened(Message, frozen=True):
     deadline_s: Seconds
     commits: Count = 0
     """How many rounds of the job have moved theta so far."""
+    batch_round: Round = 0
+    """Devices measure the mini-batch of this round: 0, their own."""
+    survivors: Ranges = []
+    """Those of the pool's directions that are worth measuring; empty: all."""
+    walk: Walk | None = None
+    """Devices walk by themselves instead of probing at one place."""
 
 
 class Term(Record, frozen=True):
@@ -105,7 +125,8 @@ class RoundClosed(Message, frozen=True):
     """The commit of a round; `digest` is the adapter's after it.
 
     `commit` is null where theta did not move. An abandoned or stopped round commits its late terms
-    alone; an evaluation round commits nothing.
+    alone; an evaluation round commits nothing. With `more`, nor does this one: its sums are carried
+    on, and the next round measures the same batch along fresh directions.
     `detail_sequence` is the last of DETAIL that was counted.
     """
 
@@ -126,6 +147,9 @@ class RoundClosed(Message, frozen=True):
     """Mean loss of the devices' batches before this commit, nats per unit of weight."""
     signal: Finite | None = None
     """Signal-to-noise of the pooled slopes, from two halves of the updates; null if one came."""
+    more: bool = False
+    variance: Finite | None = None
+    """What the method's variance test saw, where it has one; null if one half came."""
 
 
 class AdapterEvaluated(Message, frozen=True):
@@ -191,6 +215,8 @@ class FoldedUpdate(Record, frozen=True):
     """Root mean square of its slopes: an estimate of its gradient's norm, nats per unit theta."""
     work_s: Seconds = 0.0
     kind: Literal["probe", "evaluate"] = "probe"
+    mass: Count = 0
+    """What it adds to its round's normaliser if it is late; 0: weight times probes."""
 
 
 class PoolSums(Record, frozen=True):
@@ -205,6 +231,25 @@ class PoolSums(Record, frozen=True):
     differences: bytes
     bends: bytes
     weights: bytes
+    round: Round = 0
+    """Whose pool: 0, that of the round that was open."""
+
+
+class WalkSums(Record, frozen=True):
+    """Sums of one half's walks over the directions `ranges`, in order; little-endian int64.
+
+    `differences` are the walks' own, each times its share, `share` is the sum of shares. `sizes`
+    and `visits` are plain sums, empty where nobody asked for them. Of late walks they come alone,
+    with `differences` and `share` zero.
+    """
+
+    ranges: Annotated[list[Range], Meta(max_length=2**16)]
+    half: Annotated[int, Meta(ge=0, le=1)]
+    differences: bytes
+    share: Count
+    sizes: bytes = b""
+    visits: bytes = b""
+    round: Round = 0
 
 
 class EvaluationSums(Record, frozen=True):
@@ -234,6 +279,7 @@ class UpdatesFolded(Message, frozen=True):
     loss: int = 0
     """Sum of S0 over the updates in `sums`, 2^-20 nat."""
     loss_weight: Count = 0
+    walks: list[WalkSums] = []
 
 
 class Contribution(Record, frozen=True):
@@ -248,6 +294,16 @@ class Contribution(Record, frozen=True):
     late: Count
 
 
+class Importance(Record, frozen=True):
+    """What all walks of a job so far say of each direction of the pool; little-endian int64 (K,).
+
+    `sizes` sums the sizes of slopes as differences in 2^-20 nat, `visits` counts them.
+    """
+
+    sizes: bytes
+    visits: bytes
+
+
 class RoundReport(Message, frozen=True):
     """Per-device contributions to the round just closed: what the bandit learns from."""
 
@@ -255,6 +311,7 @@ class RoundReport(Message, frozen=True):
     epoch: Count
     round: Round
     contributions: list[Contribution]
+    importance: Importance | None = None
 
 
 DetailEvent = UpdatesFolded | RoundReport

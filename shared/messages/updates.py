@@ -52,6 +52,28 @@ class ProbeResult(Record, frozen=True, tag_field="kind", tag="probe"):
     """Probes left out because they were not finite or did not fit int32."""
 
 
+class WalkResult(Record, frozen=True, tag_field="kind", tag="walk"):
+    """Sums over a walk's steps, by the direction of each: `ranges` are those it went along.
+
+    `differences` is the sum of (S+ - S-) / weight of each step's batch, int32 in 2^-20 nat, so that
+    the sum of slopes is that over 2 eps. Where sizes were asked for, `sizes` sums their absolute
+    values, held as asked, int64, and `visits` counts the steps, uint16. `loss` is the sum of
+    (S+ + S-) / 2 in 2^-20 nat and `weight` what it is summed over. All little-endian.
+    """
+
+    ranges: Ranges
+    differences: Packed
+    share: Annotated[int, Meta(ge=1, le=2**20)]
+    """Rows that the device holds: what its word weighs among the others'."""
+    steps: Annotated[int, Meta(ge=0, le=4096)]
+    loss: Annotated[int, Meta(ge=0, le=2**52)]
+    weight: Annotated[int, Meta(ge=0, lt=2**31)]
+    sizes: Packed = b""
+    visits: Packed = b""
+    dropped: Count = 0
+    """Steps not taken because they were not finite or did not fit int32."""
+
+
 class EvaluateResult(Record, frozen=True, tag_field="kind", tag="evaluate"):
     """Summed loss (nats) over the held-out rows, and how many were answered right."""
 
@@ -66,7 +88,7 @@ class SubmitUpdate(Message, frozen=True):
 
     key: UpdateKey
     digest: Digest
-    result: ProbeResult | EvaluateResult
+    result: ProbeResult | EvaluateResult | WalkResult
     work_s: Seconds
     passes: Count = 0
     """Tokens sent forward through the model for it, everything counted."""

@@ -18,6 +18,7 @@ from shared.messages.base import (
     Text,
 )
 from shared.messages.jobs import How
+from shared.messages.log import Walk
 from shared.messages.updates import UpdateKey
 
 
@@ -51,6 +52,13 @@ class ProbeWork(Record, frozen=True, tag_field="kind", tag="probe"):
     ranges: Ranges
 
 
+class WalkWork(Record, frozen=True, tag_field="kind", tag="walk"):
+    """Walk from the adapter along directions drawn from the pool, a mini-batch a step."""
+
+    directions: Count
+    walk: Walk
+
+
 class EvaluateWork(Record, frozen=True, tag_field="kind", tag="evaluate"):
     """Measure loss and accuracy on the held-out rows."""
 
@@ -61,11 +69,13 @@ class WorkAssigned(Message, frozen=True):
     key: UpdateKey
     digest: Digest
     stream_round: Round
-    work: ProbeWork | EvaluateWork
+    work: ProbeWork | EvaluateWork | WalkWork
     eps: Finite
     batch_rows: Count
     scope: tuple[Count, Count]
     deadline_s: Seconds
+    batch_round: Round = 0
+    """Measure the mini-batch of this round: 0, that of the key."""
 
 
 class ComeBack(Message, frozen=True):

@@ -45,9 +45,9 @@ def folds_twice(patch: pytest.MonkeyPatch) -> None:
 def skips_a_late_term(patch: pytest.MonkeyPatch) -> None:
     commit = JobState._commit
 
-    def skipping(self: JobState, opened: Any, closing: Any) -> Any:
+    def skipping(self: JobState, closing: Any) -> Any:
         self.progress.late = self.progress.late[1:]
-        return commit(self, opened, closing)
+        return commit(self, closing)
 
     patch.setattr(JobState, "_commit", skipping)
 

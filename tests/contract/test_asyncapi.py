@@ -14,6 +14,7 @@ import msgpack
 import numpy as np
 import pytest
 from jsonschema import Draft7Validator, ValidationError, validators
+from msgspec.structs import replace
 
 from deploy.demo.processes import ROOT
 from shared import asyncapi, subjects
@@ -188,11 +189,33 @@ class Traffic:
                 arrays = [
                     (f"ProbeResult.{name}", value["result"]) for name in ("differences", "bends")
                 ]
+            case "SubmitUpdate" if value["result"]["kind"] == "walk":
+                arrays = [
+                    (f"WalkResult.{name}", value["result"])
+                    for name in ("differences", "sizes", "visits")
+                ]
             case "UpdatesFolded":
                 arrays = [
                     (f"PoolSums.{name}", one)
                     for one in value.get("sums", [])
                     for name in ("differences", "bends", "weights")
+                ]
+                arrays += [
+                    (f"WalkSums.{name}", one)
+                    for one in value.get("walks", [])
+                    for name in ("differences", "sizes", "visits")
+                ]
+            case "RoundOpened" if value["walk"]:
+                walk = value["walk"] | {"directions": value["directions"]}
+                arrays = [("Walk.weights", walk)]
+            case "WorkAssigned" if value["work"]["kind"] == "walk":
+                walk = value["work"]["walk"] | {"directions": value["work"]["directions"]}
+                arrays = [("Walk.weights", walk)]
+            case "RoundReport" if value["importance"]:
+                count = {"directions": len(value["importance"]["sizes"]) // 8}
+                arrays = [
+                    (f"Importance.{name}", value["importance"] | count)
+                    for name in ("sizes", "visits")
                 ]
             case _:
                 return
@@ -202,6 +225,7 @@ class Traffic:
             lengths = {
                 "span[1]": holder["span"][1] if "span" in holder else -1,
                 "sum of the counts of ranges": sum(n for _, n in holder.get("ranges", [])),
+                "directions": holder.get("directions", -1),
             }
             allowed = [
                 int(lengths.get(shape, shape))
@@ -253,6 +277,21 @@ async def test_what_a_real_fleet_sends_conforms(tmp_path: Path) -> None:
     async with a_fleet(tmp_path, devices=2) as fleet, overheard(fleet) as (traffic, bus):
         await fleet.submit(fleet.job("one", spec))
         await fleet.events_until("one")
+        walking = replace(
+            spec,
+            tuning=Tuning(
+                method="fedkseed-pro",
+                rounds=2,
+                directions=32,
+                batch_rows=4,
+                local_steps=6,
+                normalise="none",
+                final_step=1.0,
+            ),
+            pacing=replace(spec.pacing, enough_probes=12),
+        )
+        await fleet.submit(fleet.job("two", walking))
+        await fleet.events_until("two")
         for subject, question in (
             (subjects.JOB_LIST, ListJobs()),
             (subjects.JOB_STOP, StopJob(job="one")),

@@ -32,9 +32,12 @@ from shared.engine.protocol import (
     Probed,
     Restore,
     Standing,
+    Walk,
+    Walked,
 )
 from shared.errors import EngineDied, EngineError
 from shared.messages import Block, Commit, Manifest, ProbeResult, Task, Variant
+from shared.messages import Walk as Walking
 from tests.support import tiny_gguf
 from tests.support.waiting import wait_until
 
@@ -184,6 +187,39 @@ async def test_the_same_work_twice_gives_the_same_integers(bench: Bench) -> None
     assert first.result == (await bench.probe(opened.digest, scope=(0, 3))).result
     again = await bench.open(*bench.lora, bench.control)
     assert first.result == (await bench.probe(again.digest, scope=(0, 3))).result
+
+
+async def test_the_first_step_of_a_walk_is_a_probe_and_the_engine_stays(bench: Bench) -> None:
+    opened = await bench.open(*bench.lora)
+    asked = Walk(
+        job="j",
+        round=1,
+        part=0,
+        stream_round=0,
+        directions=64,
+        walk=Walking(steps=1, step=0.1, held=1e3),
+        eps=1e-3,
+        batch_rows=4096,
+        scope=(0, 2),
+        digest=opened.digest,
+    )
+    walked = await bench.engine.ask(asked, timeout_s=TIMEOUT_S)
+    assert isinstance(walked, Walked)
+    result = walked.result
+    assert (result.steps, result.share, result.dropped) == (1, opened.rows, 0)
+    probed = await bench.probe(
+        opened.digest, stream_round=0, ranges=result.ranges, batch_rows=4096, scope=(0, 2)
+    )
+    told = np.frombuffer(result.differences, "<i4") * probed.result.weight
+    assert told == pytest.approx(differences(probed.result), abs=probed.result.weight / 2 + 1)
+    longer = msgspec.structs.replace(asked, walk=Walking(steps=12, step=0.1), batch_rows=2)
+    walked = await bench.engine.ask(longer, timeout_s=TIMEOUT_S)
+    assert isinstance(walked, Walked)
+    assert walked.result.steps == 12
+    assert walked.passes > 0
+    again = await bench.engine.ask(longer, timeout_s=TIMEOUT_S)
+    assert isinstance(again, Walked)
+    assert again.result == walked.result
 
 
 async def test_exact_is_what_the_probes_differences_tend_to(bench: Bench) -> None:

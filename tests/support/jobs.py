@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 import numpy as np
+from msgspec.structs import replace
 
 from shared.adapter import Adapter
 from shared.codec import encode_manifest
@@ -22,6 +23,7 @@ from shared.messages import (
     Tuning,
     UpdateKey,
     Variant,
+    WalkResult,
 )
 
 
@@ -68,6 +70,43 @@ def a_job(
             snapshot_every=snapshot_every,
         ),
         manifest=a_manifest(momentum=momentum, d=d),
+    )
+
+
+def a_job_of(method: str, *, rounds: int = 4, **changes: object) -> SubmitJob:
+    """A small job of a method with the numbers that it wants."""
+    own: dict[str, dict[str, object]] = {
+        "mezo": {"final_step": 1.0},
+        "fwdllm": {"final_step": 0.0, "candidates": 3, "threshold": 0.002, "most_more": 3},
+        "fedkseed": {"final_step": 1.0, "local_steps": 8},
+        "fedkseed-pro": {"final_step": 1.0, "local_steps": 8},
+    }
+    job = a_job(rounds=rounds)
+    tuning = replace(job.spec.tuning, method=method, **{**own.get(method, {}), **changes})
+    return replace(job, spec=replace(job.spec, tuning=tuning))
+
+
+def a_walk(opened: RoundOpened, device: str, *, part: int = 0) -> SubmitUpdate:
+    """A walk of eight steps, twice along four directions, that follows from its key."""
+    assert opened.walk is not None
+    seed = abs(hash((device, part, opened.round))) % 2**32
+    chance = np.random.default_rng(seed)
+    differences = chance.integers(-50_000, 50_000, 4).astype("<i4")
+    sized = opened.walk.held > 0
+    return SubmitUpdate(
+        key=UpdateKey(opened.job, opened.epoch, opened.round, device, part),
+        digest=opened.digest,
+        result=WalkResult(
+            ranges=[(int(chance.integers(0, 8)), 3), (int(chance.integers(16, 32)), 1)],
+            differences=differences.tobytes(),
+            share=int(chance.integers(1, 40)),
+            steps=8,
+            loss=8 << 20,
+            weight=16,
+            sizes=np.abs(differences).astype("<i8").tobytes() if sized else b"",
+            visits=np.full(4, 2, "<u2").tobytes() if sized else b"",
+        ),
+        work_s=0.5,
     )
 
 

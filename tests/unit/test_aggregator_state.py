@@ -2,7 +2,6 @@
 
 import random
 import re
-from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -10,102 +9,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from services.aggregator.folding import Outcome
 from services.aggregator.opening import open_job
-from services.aggregator.state import JobState
 from shared.adapter import coefficients
 from shared.errors import RejectError
 from shared.messages import (
     AdapterEvaluated,
-    BlobRef,
-    DetailEvent,
     JobEnded,
-    JobOpened,
-    LogEvent,
     ModelPublished,
     ProbeResult,
     RoundClosed,
     RoundOpened,
     RoundReport,
-    SubmitJob,
     SubmitUpdate,
     UpdatesFolded,
 )
-from tests.support.jobs import a_job, a_probe, adapter_after, an_evaluation
-
-
-@dataclass
-class Run:
-    """A JobState with its two streams in lists: the service without a bus."""
-
-    submit: SubmitJob
-    log: list[LogEvent] = field(default_factory=list[LogEvent])
-    detail: list[DetailEvent] = field(default_factory=list[DetailEvent])
-    state: JobState = field(init=False)
-
-    def __post_init__(self) -> None:
-        events = open_job(self.submit)
-        assert isinstance(events[0], JobOpened)
-        self.state = JobState(events[0])
-        for event in events:
-            self._log(event)
-        self.settle()
-
-    def _log(self, event: LogEvent) -> None:
-        self.log.append(event)
-        self.state.evolve(event, len(self.log))
-
-    def settle(self) -> None:
-        while True:
-            due = self.state.snapshot_due and self.state.open is None
-            if due:
-                self._log(self.state.decide_published(BlobRef("b" * 64, 1)))
-            events = self.state.decide_next()
-            for event in events:
-                if isinstance(event, DetailEvent):
-                    self.detail.append(event)
-                    self.state.evolve(event, len(self.detail))
-                else:
-                    self._log(event)
-            if not (events or due):
-                return
-
-    def send(self, *updates: SubmitUpdate) -> list[Outcome]:
-        event, outcomes = self.state.decide_updates(updates)
-        if event is not None:
-            self.detail.append(event)
-            self.state.evolve(event, len(self.detail))
-        self.settle()
-        return outcomes
-
-    def overdue(self) -> None:
-        for event in self.state.decide_close(overdue=True):
-            self._log(event)
-        self.settle()
-
-    @property
-    def opened(self) -> RoundOpened:
-        assert self.state.open is not None
-        return self.state.open
-
-    def closes(self) -> list[RoundClosed]:
-        return [event for event in self.log if isinstance(event, RoundClosed)]
-
-    def restarted(self) -> "Run":
-        """What a new process makes of the same streams, LOG first as the service does."""
-        twin = object.__new__(Run)
-        twin.submit, twin.log, twin.detail = self.submit, list(self.log), list(self.detail)
-        assert isinstance(self.log[0], JobOpened)
-        twin.state = JobState(self.log[0])
-        for number, event in enumerate(self.log):
-            twin.state.evolve(event, number + 1)
-        for number, event in enumerate(self.detail):
-            twin.state.evolve(event, number + 1)
-        return twin
-
-
-def words(outcomes: list[Outcome]) -> list[str]:
-    return [outcome.word for outcome in outcomes]
+from tests.support.jobs import (
+    a_job,
+    a_job_of,
+    a_probe,
+    a_walk,
+    adapter_after,
+    an_evaluation,
+)
+from tests.support.runs import Run, words
 
 
 def test_a_job_runs_from_opening_to_end() -> None:
@@ -192,6 +118,45 @@ def test_a_restart_at_any_event_goes_on_to_the_same_digest(cut: int) -> None:
     broken = play(Run(submit), restart_after=cut)
     assert broken.closes()[-1].digest == whole.closes()[-1].digest
     assert [type(event) for event in broken.log] == [type(event) for event in whole.log]
+
+
+@pytest.mark.parametrize("method", ["seedwire", "mezo", "fwdllm", "fedkseed", "fedkseed-pro"])
+@settings(deadline=None, max_examples=12)
+@given(cut=st.floats(0.0, 1.0))
+def test_whatever_the_method_a_kill_after_any_fact_changes_nothing(method: str, cut: float) -> None:
+    def some(opened: RoundOpened, device: str, *, first: int = 0) -> SubmitUpdate:
+        if opened.walk is not None:
+            return a_walk(opened, device)
+        return a_probe(opened, device, first=first)
+
+    def play(run: Run) -> Run:
+        before = run.opened
+        while run.state.ended is None:
+            opened = run.opened
+            for name in ("a", "b"):
+                if run.state.open is opened:
+                    run.send(some(opened, name, first=8 * (name == "b")))
+            run.send(some(opened, "late", first=16))
+            run.send(some(before, "later", first=16))
+            before = opened
+        return run
+
+    submit = a_job_of(method, rounds=4)
+    whole = play(Run(submit))
+    broken = whole.cut(round(cut * len(whole.history)))
+    facts = len(broken.history)
+    broken.settle()
+    assert broken.history[:facts] == whole.history[:facts]
+    while broken.state.ended is None:  # devices send again what they have, in the same order
+        for update in whole.sent:
+            broken.send(update)
+    assert broken.closes()[-1].digest == whole.closes()[-1].digest
+    assert [event for _, event in broken.history] == [event for _, event in whole.history]
+    assert adapter_after(submit.manifest, broken.log).digest() == broken.closes()[-1].digest
+    if method == "fwdllm":
+        assert any(close.more for close in whole.closes())
+    if method == "fedkseed-pro":
+        assert whole.opened_rounds()[1].walk != whole.opened_rounds()[0].walk
 
 
 def test_a_crash_between_evaluation_and_its_fact_loses_and_doubles_nothing() -> None:

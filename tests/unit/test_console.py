@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.aggregator.opening import open_job
 from services.console.failure import Failure, Usage
 from services.console.labels import labels_of, parse_labels
 from services.console.manifest import AdapterKind, AdapterOptions, layer_numbers, manifest
@@ -17,7 +18,7 @@ from shared.adapter import Adapter, size
 from shared.codec import decode_manifest, encode_manifest
 from shared.engine.protocol import Facts
 from shared.errors import ConfigError
-from shared.messages import Manifest, Variant
+from shared.messages import Manifest, SubmitJob, Variant
 
 DIGEST = "d" * 64
 VARIANT = Variant(DIGEST, 1000, "tiny.gguf")
@@ -147,6 +148,44 @@ def test_labels_choose_choices_output_rows_and_exact() -> None:
     assert asked.spec.tuning.how == "exact"
     assert asked.spec.pacing.enough_probes == asked.spec.tuning.directions
     assert asked.spec.task.labels == {"1": " world", "2": " sports"}
+
+
+@pytest.mark.parametrize("method", ["mezo", "fwdllm", "fedkseed", "fedkseed-pro"])
+@pytest.mark.parametrize("adapter", [None, "output-rows", "control"])
+def test_a_papers_method_brings_numbers_that_the_aggregator_takes(
+    method: str, adapter: str | None
+) -> None:
+    labels = {"a": "world", "b": "sports"}
+    flags: dict[str, dict[str, object]] = {
+        "task": {"labels": labels},
+        "tuning": {"method": method, "eps": 0.02},
+        "adapter": {"kind": adapter},
+        "pacing": {"enough_devices": 4},
+    }
+    asked = wanted(flags, {})
+    facts, options = some_facts(tokens=2), asked.adapter
+    made = manifest(
+        facts,
+        options,
+        labels=asked.spec.task.labels,
+        variant=VARIANT,
+        seed=1,
+        momentum=asked.spec.tuning.momentum > 0,
+    )
+    assert made.distribution == "gauss8"
+    assert {block.kind for block in made.blocks} == {
+        {None: "lora_b", "output-rows": "output_rows", "control": "control"}[adapter]
+    }
+    tuning, pacing = asked.spec.tuning, asked.spec.pacing
+    assert (tuning.method, tuning.how, tuning.eps) == (method, "probe", 0.02)
+    steps = {"mezo": 4 * 1, "fwdllm": 100}.get(method, 4 * 200)
+    assert pacing.enough_probes == steps
+    assert open_job(SubmitJob(job="j", spec=asked.spec, manifest=encode_manifest(made)))
+
+
+def test_a_method_that_there_is_not_is_usage() -> None:
+    with pytest.raises(Usage, match="--method magic: there are seedwire, mezo, fwdllm"):
+        wanted({}, {"tuning": {"method": "magic"}})
 
 
 def test_a_template_that_ends_in_space_leaves_words_alone() -> None:

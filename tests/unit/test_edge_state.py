@@ -146,8 +146,8 @@ def test_settings_that_cannot_work_name_the_mend(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="use 1 to 64"):
         completed(Settings(device="a.b", data=__file__))
     assert completed(Settings(data=__file__)).device
-    assert Settings(data="d", heldout="h").kinds == ["probe"]
-    assert Settings(data="d", heldout="h", trusted=True).kinds == ["probe", "evaluate"]
+    assert Settings(data="d", heldout="h").kinds == ["probe", "walk"]
+    assert Settings(data="d", heldout="h", trusted=True).kinds == ["probe", "walk", "evaluate"]
 
 
 def test_every_setting_is_explained_in_one_sentence() -> None:

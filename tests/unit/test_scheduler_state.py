@@ -33,6 +33,8 @@ from shared.messages import (
     Task,
     UpdateKey,
     UpdatesFolded,
+    Walk,
+    WalkWork,
     WorkAssigned,
 )
 
@@ -116,10 +118,14 @@ class Fleet:
         return woken
 
     def ask(
-        self, device: str, *, last: UpdateKey | None = None, declined: str = ""
+        self,
+        device: str,
+        *,
+        last: UpdateKey | None = None,
+        declined: str = "",
+        kinds: tuple[str, ...] = ("probe", "walk", "evaluate"),
     ) -> WorkAssigned | ComeBack:
-        kinds = ["probe", "evaluate"]
-        request = RequestWork(device=device, kinds=kinds, last=last, declined=declined)
+        request = RequestWork(device=device, kinds=list(kinds), last=last, declined=declined)
         self.evolve(request)
         answer = self.state.decide(request, self.now)
         if isinstance(answer.message, WorkAssigned):
@@ -558,3 +564,61 @@ def test_the_last_report_to_arrive_counts_and_the_next_one_sets_an_old_one_right
     assert "no rows" in fleet.waits("d0").reason
     fleet.evolve(a_report("d0"))
     assert isinstance(fleet.ask("d0"), WorkAssigned)
+
+
+def a_walking_round(number: int = 1, *, devices: int = 2) -> RoundOpened:
+    walk = Walk(steps=10, step=0.1)
+    return replace(a_round(number, devices=devices, probes=10 * devices), walk=walk)
+
+
+def test_who_does_not_know_walks_waits_and_is_not_called_for_them_again() -> None:
+    fleet = a_fleet(6, opened=a_walking_round(devices=3))
+    old = ("probe", "evaluate")
+    refused = fleet.ask("d0", kinds=old)
+    assert isinstance(refused, ComeBack)
+    assert "no work of a kind that the device knows" in refused.reason
+    fleet.now = 4.0  # its place is held for a moment
+    walks = [fleet.works(f"d{number}") for number in (1, 2, 3)]
+    for assigned in walks:
+        assert assigned.work == WalkWork(64, Walk(steps=10, step=0.1))
+        again = fleet.ask(assigned.key.device, last=assigned.key)
+        assert isinstance(again, ComeBack)
+        assert "it has walked round 1" in again.reason
+    devices = [assigned.key.device for assigned in walks]
+    fleet.evolve(a_close(), a_round_report(1, *devices), a_walking_round(2, devices=6))
+    assert "d0" not in fleet.call()
+    fleet.evolve(a_close(2), a_round_report(2, *devices), a_round(3, devices=6))
+    assert "d0" in fleet.call()
+
+
+def test_a_walk_that_was_lost_is_walked_anew_under_a_new_number() -> None:
+    fleet = a_fleet(2, opened=a_walking_round())
+    first = fleet.works("d0")
+    again = fleet.works("d0", last=None)
+    assert (again.key.part, again.work) == (first.key.part + 1, first.work)
+
+
+def test_a_device_that_cannot_walk_declines_once_and_its_place_is_free() -> None:
+    fleet = a_fleet(3, opened=a_walking_round(devices=1))
+    assigned = fleet.works("d0")
+    refused = fleet.ask("d0", last=assigned.key, declined="no step had a finite loss")
+    assert isinstance(refused, ComeBack)
+    assert "it could not do the work of round 1" in refused.reason
+    fleet.works("d1")
+
+
+@given(data=st.data())
+def test_only_survivors_are_dealt_and_all_of_them(data: st.DataObject) -> None:
+    chosen = data.draw(st.sets(st.integers(0, 63), min_size=1, max_size=20))
+    survivors = [(index, 1) for index in sorted(chosen)]
+    opened = replace(a_round(devices=3, probes=64), survivors=survivors)
+    fleet = a_fleet(3, opened=opened)
+    for name in ("d0", "d1", "d2"):
+        dealt, last = list[int](), None
+        while isinstance(answer := fleet.ask(name, last=last), WorkAssigned):
+            dealt += directions_of(answer)
+            last = answer.key
+        assert len(dealt) == len(set(dealt))
+        assert set(dealt) <= chosen
+        if name == "d0":
+            assert set(dealt) == chosen

@@ -1,12 +1,18 @@
-"""Tuning methods, found by their name in the job: how a pool of slopes becomes a commit."""
+"""Tuning methods, found by their name in the job: how what devices measure becomes a commit."""
 
-from collections.abc import Callable
+from services.aggregator.methods.fedkseed import FedKSeed
+from services.aggregator.methods.fedkseed_pro import FedKSeedPro
+from services.aggregator.methods.fwdllm import FwdLLM
+from services.aggregator.methods.method import Closing, Method, Past, Plan, RoundSums
+from services.aggregator.methods.mezo import Mezo
+from services.aggregator.methods.seedwire import Seedwire
 
-from services.aggregator.methods import seedwire
-from services.aggregator.methods.seedwire import Closing
-from services.aggregator.pooling import Pool
-from shared.messages import RoundOpened, Tuning
+METHODS: dict[str, Method] = {
+    "seedwire": Seedwire(),
+    "mezo": Mezo(),
+    "fwdllm": FwdLLM(),
+    "fedkseed": FedKSeed(),
+    "fedkseed-pro": FedKSeedPro(),
+}
 
-METHODS: dict[str, Callable[[Pool, Tuning, RoundOpened], Closing]] = {"seedwire": seedwire.close}
-
-__all__ = ["METHODS", "Closing"]
+__all__ = ["METHODS", "Closing", "Method", "Past", "Plan", "RoundSums"]

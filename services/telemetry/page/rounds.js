@@ -5,7 +5,7 @@ import { ask, byRound, chosen, dirty, known } from "./store.js";
 import { $, element, Table } from "./tables.js";
 import { count, figure, percent } from "./words.js";
 
-const REASONS = ["enough", "deadline", "abandoned", "evaluated", "stopped"];
+const REASONS = ["enough", "more", "deadline", "abandoned", "evaluated", "stopped"];
 const points = (rows, name) => rows.filter((row) => row[name] !== undefined && row[name] !== null).map((row) => [row.round, row[name]]);
 const counted = (rows, name) => rows.map((row) => [row.round, row[name] ?? 0]);
 const charts = [
@@ -75,6 +75,7 @@ function drawLooked() {
     facts.push(["Round", count(round)], [row.kind === "evaluate" ? "evaluation" : "", row.reason ?? "open"]);
     facts.push(["devices", `${count(row.devices)} of ${count(row.wanted)}`], ["probes", `${count(row.probes)} of ${count(row.wanted_probes)}`]);
     facts.push(["loss", figure(row.loss)], ["signal to noise", figure(row.signal)], ["late", count(row.late)]);
+    if (row.variance !== undefined && row.variance !== null) facts.push(["variance", figure(row.variance)]);
     if (measured && chosen().has_answers !== false) facts.push(["held-out accuracy", percent(measured.accuracy ?? 0)]);
     if (measured) facts.push(["held-out loss", figure(measured.loss ?? 0)]);
   }
