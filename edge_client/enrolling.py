@@ -19,15 +19,15 @@ from edge_client import identity
 from edge_client.config import Settings, device_name, state_dir_of
 from shared import logs, nats_bus, subjects
 from shared.clock import backoff_s
-from shared.codec import decode, encode
+from shared.codec import decode_answer, encode
 from shared.credentials import Credentials
-from shared.errors import ConfigError, MalformedMessage, TransientError
+from shared.errors import ConfigError, RejectError, TransientError
 from shared.identity import files
 from shared.identity.claims import creds_text
 from shared.identity.keys import Key, make
 from shared.identity.roles import JOINER_INBOX
 from shared.identity.ticket import Ticket, parse
-from shared.messages import Enroll, Enrolled, Message, Refused
+from shared.messages import Enroll, Enrolled
 
 CONNECT_S = 15.0
 ANSWER_S = 10.0
@@ -168,14 +168,9 @@ async def _asked(servers: list[str], credentials: Credentials, request: Enroll) 
     finally:
         await bus.close()
     try:
-        answer = decode(data, Message)
-    except MalformedMessage as error:
-        raise ConfigError(f"an answer that cannot be read (another version?): {error}") from error
-    if isinstance(answer, Refused):
-        raise ConfigError(answer.reason)
-    if not isinstance(answer, Enrolled):
-        raise ConfigError(f"a {type(answer).__name__} for an answer to Enroll")
-    return answer
+        return decode_answer(data, request, Enrolled)
+    except RejectError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _seed_file(state_dir: Path, ticket: Ticket) -> Path:

@@ -4,8 +4,8 @@ from typing import TypeVar
 
 import msgspec
 
-from shared.errors import MalformedMessage
-from shared.messages import AnyMessage, Manifest, Message
+from shared.errors import MalformedMessage, RejectError
+from shared.messages import AnyMessage, Manifest, Message, Refused
 
 Kind = TypeVar("Kind")
 
@@ -35,6 +35,23 @@ def decode(data: bytes, expected: type[Kind]) -> Kind:
     if not isinstance(message, expected):
         raise MalformedMessage(f"a {type(message).__name__} where it has no meaning")
     return message
+
+
+def decode_answer(data: bytes, question: Message, expected: type[Kind]) -> Kind:
+    """What a service answered to `question`.
+
+    Raises:
+        RejectError: it refused, or the answer cannot be read; the text is for an operator.
+    """
+    try:
+        answer = decode(data, Message)
+    except MalformedMessage as error:
+        raise RejectError(f"an answer that cannot be read (another version?): {error}") from error
+    if isinstance(answer, Refused):
+        raise RejectError(answer.reason)
+    if not isinstance(answer, expected):
+        raise RejectError(f"a {type(answer).__name__} for an answer to {type(question).__name__}")
+    return answer
 
 
 def check_sender(subject: str, own: str) -> None:

@@ -17,7 +17,7 @@ from shared import config, logs, subjects
 from shared.codec import encode
 from shared.errors import ConfigError, TransientError
 from shared.messages import ListDevices, ListIdentities, ListJobs, Message
-from shared.service import ServiceSettings
+from shared.service import HttpSettings, ServiceSettings
 
 CONNECT_S = 4.0
 ANSWER_S = 4.0
@@ -42,13 +42,6 @@ PAGES: Mapping[str, Pages] = {
     "proxy_inference": Pages(8080, "/health", "/healthz"),
 }
 NAMES = (*ASKED, *PAGES)
-
-
-class Settings(ServiceSettings, frozen=True):
-    """What of a process's own settings says how to reach it."""
-
-    host: str = "127.0.0.1"
-    port: int = 0
 
 
 class Unhealthy(Exception):
@@ -80,7 +73,7 @@ def check(name: str, *, only_alive: bool) -> str:
         ConfigError: a setting of it is wrong.
     """
     prefix = f"SEEDWIRE_{name.upper()}"
-    settings = config.load(Settings, program="healthcheck", prefix=prefix, argv=[])
+    settings = config.load(HttpSettings, program="healthcheck", prefix=prefix, argv=[])
     if name in PAGES:
         pages = PAGES[name]
         host = "127.0.0.1" if settings.host in EVERYWHERE else settings.host

@@ -74,6 +74,21 @@ class StreamSettings(ServiceSettings, frozen=True):
     ] = 1
 
 
+Port = Annotated[
+    int,
+    Meta(ge=0, le=65535, description="Its HTTP port; 0 takes a free one, the log says which."),
+]
+
+
+class HttpSettings(ServiceSettings, frozen=True):
+    """What a service can be told that has an HTTP port; each has a default port of its own."""
+
+    host: Annotated[
+        str, Meta(description="The address that its HTTP port listens on; 0.0.0.0 for all.")
+    ] = "127.0.0.1"
+    port: Port = 0
+
+
 Settings = TypeVar("Settings", bound=ServiceSettings)
 
 

@@ -13,7 +13,8 @@ from shared.bus import Bus, Delivery, Stored, Streams
 from shared.clock import Clock
 from shared.codec import check_sender, decode, encode
 from shared.errors import MalformedMessage, RejectError, TransientError
-from shared.log import LogWriter, ensure_streams, patiently, read_patiently
+from shared.log import ensure_streams, read_patiently
+from shared.log_writer import LogWriter
 from shared.logs import get
 from shared.messages import (
     DetailEvent,
@@ -32,6 +33,7 @@ from shared.messages import (
     UpdateSettled,
 )
 from shared.metrics import Counters
+from shared.patience import patiently
 from shared.runtime import Stop, settle
 from shared.service import flushed, report_counters
 

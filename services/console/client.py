@@ -10,10 +10,10 @@ from services.console import access
 from services.console.failure import EXIT_UNREACHABLE, Failure
 from shared import nats_bus, subjects
 from shared.bus import Bus
-from shared.codec import decode, encode
-from shared.errors import MalformedMessage, TransientError
+from shared.codec import decode_answer, encode
+from shared.errors import RejectError, TransientError
 from shared.jetstream_api import NoResponders
-from shared.messages import Message, Refused
+from shared.messages import Message
 
 Answer = TypeVar("Answer", bound=Message)
 
@@ -76,17 +76,12 @@ async def ask(bus: Bus, subject: str, message: Message, expected: type[Answer]) 
     """
     try:
         data = await _answer(bus, subject, encode(message))
-        answer = decode(data, Message)
+        return decode_answer(data, message, expected)
     except TransientError as error:
         service = _SERVES.get(subject, "aggregator")
         raise Unanswered(f"the {service} does not answer") from error
-    except MalformedMessage as error:
-        raise Failure(f"an answer that cannot be read (another version?): {error}") from error
-    if isinstance(answer, Refused):
-        raise Failure(answer.reason)
-    if not isinstance(answer, expected):
-        raise Failure(f"a {type(answer).__name__} for an answer to {type(message).__name__}")
-    return answer
+    except RejectError as error:
+        raise Failure(str(error)) from error
 
 
 async def _answer(bus: Bus, subject: str, data: bytes) -> bytes:

@@ -19,8 +19,7 @@ from services.proxy_inference.shelf import Shelf
 from services.proxy_inference.swapping import Swapper
 from services.proxy_inference.versions import Versions
 from services.proxy_inference.worker import Worker
-from shared import logs
-from shared.errors import ConfigError
+from shared.http import listening
 from shared.runtime import Stop
 from shared.service import main
 
@@ -73,24 +72,9 @@ async def serving(proxy: Proxy) -> AsyncGenerator[int]:
         handler_cancellation=True,
         shutdown_timeout=SHUTDOWN_S,
     )
-    await runner.setup()
-    try:
-        try:
-            await web.TCPSite(runner, settings.host, settings.port).start()
-        except OSError as error:
-            raise ConfigError(
-                f"cannot listen on {settings.host}:{settings.port}: {error.strerror}; choose "
-                "another --port"
-            ) from error
-        listening: int = runner.addresses[0][1]
-        logs.get(NAME).info("listening", host=settings.host, port=listening)
-        yield listening
-    finally:
-        try:
-            async with asyncio.timeout(CLOSING_S):
-                await runner.cleanup()
-        except TimeoutError:
-            logs.get(NAME).error("port_not_closed_in_time", seconds=CLOSING_S)
+    address = settings.host, settings.port
+    async with listening(runner, NAME, *address, closing_s=CLOSING_S) as taken:
+        yield taken
 
 
 async def _alive(worker: Worker) -> None:

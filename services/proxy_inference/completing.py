@@ -33,6 +33,7 @@ from shared.dataset import Row, check_task, split_template
 from shared.engine.examples import choice_tokens, example
 from shared.engine.pieces import tokens_of
 from shared.errors import EngineError
+from shared.http import json_response
 from shared.messages import Task
 
 Given = ParamSpec("Given")
@@ -162,7 +163,7 @@ class Completing:
             async with self._proxy.running(held, [run]) as pieces:
                 _, piece = await anext(pieces)
             _check(piece)
-            return _json(_classified(held, list(task.labels), piece.scores))
+            return json_response(_classified(held, list(task.labels), piece.scores))
 
     async def _answer(self, request: web.Request, asked: Asked) -> web.StreamResponse:
         self._proxy.admit(len(asked.runs))
@@ -309,7 +310,7 @@ async def _gathered(
         asked.form.whole(index, choice.text, choice.marks, choice.finish)
         for index, choice in enumerate(choices)
     ]
-    return _json(asked.head.of(asked.form.kind, told) | {"usage": _usage(asked)})
+    return json_response(asked.head.of(asked.form.kind, told) | {"usage": _usage(asked)})
 
 
 async def _streamed(
@@ -365,7 +366,3 @@ def _classified(held: Held, labels: list[str], scores: list[float]) -> Json:
 
 def _event(value: Json) -> bytes:
     return b"data: " + msgspec.json.encode(value) + b"\n\n"
-
-
-def _json(value: Json) -> web.Response:
-    return web.Response(body=msgspec.json.encode(value), content_type="application/json")

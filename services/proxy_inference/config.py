@@ -4,19 +4,13 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from shared.service import ServiceSettings
+from shared.service import HttpSettings, Port
 
 
-class Settings(ServiceSettings, frozen=True):
+class Settings(HttpSettings, frozen=True):
     """Proxy inference: the fleet's tuned model behind an OpenAI-compatible HTTP server."""
 
-    host: Annotated[
-        str, Meta(description="The address that its HTTP port listens on; 0.0.0.0 for all.")
-    ] = "127.0.0.1"
-    port: Annotated[
-        int,
-        Meta(ge=0, le=65535, description="Its HTTP port; 0 takes a free one, the log says which."),
-    ] = 8080
+    port: Port = 8080
     state_dir: Annotated[
         str, Meta(description="Where fetched models and the last versions lie.")
     ] = "~/.local/state/seedwire/proxy"

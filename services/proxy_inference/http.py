@@ -5,7 +5,6 @@ import time
 from collections.abc import Awaitable, Callable
 from urllib.parse import urlsplit
 
-import msgspec
 from aiohttp import web
 
 from services.proxy_inference import answers
@@ -15,6 +14,7 @@ from services.proxy_inference.metrics import CONTENT_TYPE
 from services.proxy_inference.requests import Refusal, RollbackRequest, decoded
 from services.proxy_inference.service import Proxy
 from services.proxy_inference.versions import BASE
+from shared.http import json_response
 from shared.logs import get
 
 SWAP_WAIT_S = 30.0
@@ -69,17 +69,17 @@ class Server:
     async def health(self, _: web.Request) -> web.Response:
         reason = self._proxy.unwell
         if reason:
-            return _json({"status": "unavailable", "reason": reason}, status=503)
+            return json_response({"status": "unavailable", "reason": reason}, status=503)
         default = self._proxy.pool.default
         assert default is not None
         shown: Json = {"status": "ok", "model": default.name, "fingerprint": default.fingerprint}
         if self._proxy.swapper.problem:
             shown["problem"] = self._proxy.swapper.problem
-        return _json(shown)
+        return json_response(shown)
 
     async def alive(self, _: web.Request) -> web.Response:
         """The event loop turns; what it can serve is `health`'s to say."""
-        return _json({"status": "up"})
+        return json_response({"status": "up"})
 
     async def metrics(self, _: web.Request) -> web.Response:
         body = self._proxy.metrics.exposition()
@@ -87,7 +87,7 @@ class Server:
 
     async def models(self, _: web.Request) -> web.Response:
         data = [self._model(name) for name in self._names()]
-        return _json({"object": "list", "data": data})
+        return json_response({"object": "list", "data": data})
 
     async def model(self, request: web.Request) -> web.Response:
         name = request.match_info["model"]
@@ -98,10 +98,10 @@ class Server:
                 param="model",
                 code="model_not_found",
             )
-        return _json(self._model(name))
+        return json_response(self._model(name))
 
     async def versions(self, _: web.Request) -> web.Response:
-        return _json(self._versions())
+        return json_response(self._versions())
 
     async def rollback(self, request: web.Request) -> web.Response:
         body = await request.read()
@@ -116,7 +116,7 @@ class Server:
     async def _ordered(self) -> web.Response:
         """202 if what was ordered does not serve yet."""
         settled = await self._proxy.settled(SWAP_WAIT_S)
-        return _json(self._versions(), status=200 if settled else 202)
+        return json_response(self._versions(), status=200 if settled else 202)
 
     def _names(self) -> list[str]:
         if self._proxy.pool.default is None:
@@ -213,7 +213,7 @@ class Server:
 
 def _refused(refusal: Refusal) -> web.Response:
     kind = _KINDS.get(refusal.status, "server_error")
-    response = _json(
+    response = json_response(
         answers.error(refusal.message, kind, refusal.param, refusal.code), status=refusal.status
     )
     if refusal.retry_s:
@@ -221,8 +221,3 @@ def _refused(refusal: Refusal) -> web.Response:
     if refusal.status == 401:
         response.headers["WWW-Authenticate"] = "Bearer"
     return response
-
-
-def _json(value: object, *, status: int = 200) -> web.Response:
-    body = msgspec.json.encode(value)
-    return web.Response(body=body, status=status, content_type="application/json")

@@ -10,8 +10,7 @@ from aiohttp import web
 from services.telemetry.config import Settings
 from services.telemetry.http import Pages
 from services.telemetry.service import Observer
-from shared import logs
-from shared.errors import ConfigError
+from shared.http import listening
 from shared.runtime import Stop
 from shared.service import main
 
@@ -36,19 +35,8 @@ async def serving(observer: Observer, host: str, port: int) -> AsyncGenerator[in
     """
     application = Pages(observer).application()
     runner = web.AppRunner(application, access_log=None, shutdown_timeout=SHUTDOWN_S)
-    await runner.setup()
-    try:
-        try:
-            await web.TCPSite(runner, host, port).start()
-        except OSError as error:
-            raise ConfigError(
-                f"cannot listen on {host}:{port}: {error.strerror}; choose another --port"
-            ) from error
-        listening: int = runner.addresses[0][1]
-        logs.get("telemetry").info("listening", host=host, port=listening)
-        yield listening
-    finally:
-        await runner.cleanup()
+    async with listening(runner, "telemetry", host, port) as taken:
+        yield taken
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """The one port of a fleet: metrics, health, history as JSON, and the live page."""
 
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from hashlib import sha256
 from importlib.resources import files
 from pathlib import PurePath
 
-import msgspec
 from aiohttp import web
 
 from services.telemetry.history import JobHistory
@@ -13,6 +13,7 @@ from services.telemetry.live import Live
 from services.telemetry.metrics import CONTENT_TYPE, exposition
 from services.telemetry.service import Observer
 from shared.clock import SystemClock
+from shared.http import json_response
 
 KINDS = {
     ".html": "text/html",
@@ -33,6 +34,19 @@ GUARD = {
 """Names and problems of devices are strangers' words: nothing in them may run or load."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A file of the page, and what says whether a browser has it already."""
+
+    body: bytes
+    kind: str
+    tag: str
+
+    @classmethod
+    def of(cls, body: bytes, kind: str) -> "_Part":
+        return cls(body, kind, sha256(body).hexdigest()[:32])
+
+
 class Pages:
     """What each path answers; reads the observer's state, changes nothing."""
 
@@ -40,11 +54,11 @@ class Pages:
         self._observer = observer
         self.live = Live(observer, SystemClock())
         self._page = {
-            "/" if part.name == "index.html" else f"/{part.name}": (part.read_bytes(), kind)
+            "/" if part.name == "index.html" else f"/{part.name}": _Part.of(part.read_bytes(), kind)
             for part in (files("services.telemetry") / "page").iterdir()
             if (kind := KINDS.get(PurePath(part.name).suffix))
         }
-        """By path, what it holds and its kind."""
+        """By path."""
 
     def application(self) -> web.Application:
         application = web.Application(middlewares=[_json_errors])
@@ -65,37 +79,42 @@ class Pages:
         return application
 
     async def page(self, request: web.Request) -> web.Response:
-        body, kind = self._page[request.path]
-        tag = sha256(body).hexdigest()[:32]
-        headers = {"Cache-Control": "no-cache", "ETag": f'"{tag}"'}
-        if any(each.value == tag for each in request.if_none_match or ()):
+        part = self._page[request.path]
+        headers = {"Cache-Control": "no-cache", "ETag": f'"{part.tag}"'}
+        if any(each.value == part.tag for each in request.if_none_match or ()):
             return web.Response(status=304, headers=headers)
-        return web.Response(body=body, content_type=kind, charset="utf-8", headers=headers)
+        return web.Response(
+            body=part.body, content_type=part.kind, charset="utf-8", headers=headers
+        )
 
     async def metrics(self, _: web.Request) -> web.Response:
         body = exposition(self._observer.state, self._observer.counted())
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
 
     async def healthz(self, _: web.Request) -> web.Response:
-        return _json({"status": "up"})
+        return json_response({"status": "up"})
 
     async def readyz(self, _: web.Request) -> web.Response:
         reason = self._observer.not_ready()
         if reason:
-            return _json({"status": "not ready", "reason": reason}, status=503)
-        return _json({"status": "ready"})
+            return json_response({"status": "not ready", "reason": reason}, status=503)
+        return json_response({"status": "ready"})
 
     async def jobs(self, _: web.Request) -> web.Response:
-        return _json({"jobs": [job.summary() for job in self._observer.state.jobs.values()]})
+        return json_response(
+            {"jobs": [job.summary() for job in self._observer.state.jobs.values()]}
+        )
 
     async def job(self, request: web.Request) -> web.Response:
         name, jobs = request.match_info["job"], self._observer.state.jobs
         if name not in jobs:
-            return _json({"error": f"no job is called {name}", "known": sorted(jobs)}, status=404)
-        return _json(_shown(jobs[name]))
+            return json_response(
+                {"error": f"no job is called {name}", "known": sorted(jobs)}, status=404
+            )
+        return json_response(_shown(jobs[name]))
 
     async def devices(self, _: web.Request) -> web.Response:
-        return _json({"devices": list(self._observer.state.devices.values())})
+        return json_response({"devices": list(self._observer.state.devices.values())})
 
     async def _close(self, _: web.Application) -> None:
         self.live.close()
@@ -114,11 +133,6 @@ def _shown(job: JobHistory) -> dict[str, object]:
     }
 
 
-def _json(value: object, *, status: int = 200) -> web.Response:
-    body = msgspec.json.encode(value)
-    return web.Response(body=body, status=status, content_type="application/json")
-
-
 @web.middleware
 async def _json_errors(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -128,4 +142,4 @@ async def _json_errors(
     except web.HTTPException as error:
         if error.status < 400:
             raise
-        return _json({"error": error.reason, "path": request.path}, status=error.status)
+        return json_response({"error": error.reason, "path": request.path}, status=error.status)

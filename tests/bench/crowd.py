@@ -8,7 +8,6 @@ process holds at several sizes of the crowd, all of it in one open round; a line
 import asyncio
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,22 +19,15 @@ from shared import nats_bus, subjects
 from shared.broker import BrokerProcess, start_broker
 from shared.codec import decode, encode
 from shared.errors import TransientError
-from shared.messages import (
-    Message,
-    ProbeResult,
-    RoundOpened,
-    SubmitJob,
-    SubmitUpdate,
-    UpdateKey,
-)
+from shared.messages import Message, RoundOpened, SubmitJob
 from tests.bench.figure import Figure
+from tests.bench.updates import DIRECTIONS, updates_of
 from tests.support.jobs import a_job
 from tests.support.light_nats import LightClient
 from tests.support.waiting import wait_until
 
 DEVICES = 100_000
 SIZES = (10_000, 20_000, 40_000, 60_000, 80_000, 100_000)
-PROBES, DIRECTIONS = 32, 512
 TWICE_EVERY = 50
 WAITING = 20_000
 """So many updates are under way at most."""
@@ -127,7 +119,7 @@ async def _crowd(
     held: list[int] = []
     seconds, first = 0.0, 0
     for size in SIZES:
-        updates = list(_updates(opened, range(first, size)))
+        updates = list(updates_of(opened, range(first, size)))
         began = time.perf_counter()
         for number, (subject, data) in enumerate(updates):
             for _ in range(2 if number % TWICE_EVERY == 0 else 1):
@@ -143,24 +135,6 @@ async def _crowd(
         held.append(resident_bytes(child.process.pid))
     client.abort()
     return words.sent / seconds, list(SIZES), held
-
-
-def _updates(opened: RoundOpened, numbers: range) -> Iterator[tuple[str, bytes]]:
-    chance = np.random.default_rng(numbers.start)
-    for number in numbers:
-        device = f"device-{number:06}"
-        differences = chance.integers(-50_000, 50_000, PROBES).astype("<i4").tobytes()
-        result = ProbeResult(
-            how="probe",
-            ranges=[(number * PROBES % DIRECTIONS, PROBES)],
-            differences=differences,
-            bends=differences,
-            loss=4 << 20,
-            weight=4,
-        )
-        key = UpdateKey(opened.job, opened.epoch, opened.round, device, 0)
-        update = SubmitUpdate(key=key, digest=opened.digest, result=result, work_s=1.0)
-        yield subjects.update(opened.job, device), encode(update)
 
 
 def resident_bytes(pid: int) -> int:

@@ -9,20 +9,16 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-
 from services.aggregator.config import Settings
 from services.aggregator.service import Aggregator
 from shared import nats_bus, subjects
 from shared.broker import start_broker
 from shared.clock import SystemClock
 from shared.codec import encode
-from shared.messages import ProbeResult, SubmitUpdate, UpdateKey
 from shared.runtime import Stop
 from tests.bench.figure import Figure
+from tests.bench.updates import DIRECTIONS, updates_of
 from tests.support.jobs import a_job
-
-PROBES, DIRECTIONS = 32, 512
 
 
 async def figures() -> list[Figure]:
@@ -77,22 +73,9 @@ async def _submitted(bus: nats_bus.NatsBus, data: bytes) -> bool:
 async def _load(bus: nats_bus.NatsBus, aggregator: Aggregator, updates: int) -> None:
     opened = aggregator.jobs["demo"].open
     assert opened is not None
-    chance = np.random.default_rng(0)
-    for number in range(updates):
-        device = f"d{number}"
-        key = UpdateKey(opened.job, opened.epoch, opened.round, device, 0)
-        differences = chance.integers(-50_000, 50_000, PROBES).astype("<i4").tobytes()
-        result = ProbeResult(
-            how="probe",
-            ranges=[(number * PROBES % DIRECTIONS, PROBES)],
-            differences=differences,
-            bends=differences,
-            loss=4 << 20,
-            weight=4,
-        )
-        data = encode(SubmitUpdate(key=key, digest=opened.digest, result=result, work_s=1.0))
+    for number, (subject, data) in enumerate(updates_of(opened, range(updates))):
         for _ in range(2 if number % 20 == 0 else 1):
-            await bus.publish(subjects.update(opened.job, device), data)
+            await bus.publish(subject, data)
         if number % 500 == 0:
             await bus.flush()
     await bus.flush()

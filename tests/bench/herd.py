@@ -22,9 +22,10 @@ from shared import nats_bus, subjects
 from shared.broker import BrokerProcess, start_broker
 from shared.clock import backoff_s
 from shared.codec import decode, encode
-from shared.messages import ComeBack, DeviceReport, Message, RequestWork, WorkAssigned
+from shared.messages import ComeBack, Message, RequestWork, WorkAssigned
 from tests.bench.crowd import resident_bytes, submitted
 from tests.bench.figure import Figure
+from tests.support.facts import device_report
 from tests.support.jobs import a_job
 from tests.support.light_nats import LightClient
 from tests.support.waiting import wait_until
@@ -75,16 +76,7 @@ class Device:
             f"{self._inbox}.*",
         ):
             client.subscribe(subject)
-        report = DeviceReport(
-            device=self.name,
-            version="0",
-            cores=4,
-            memory_mb=4096,
-            rows=100,
-            heldout_rows=0,
-            trusted=False,
-            models=["a" * 64],
-        )
+        report = device_report(self.name, cores=4, memory_mb=4096, rows=100, models=["a" * 64])
         client.publish(subjects.report(self.name), encode(report))
         request = encode(RequestWork(device=self.name, kinds=["probe"]))
         self._answered.clear()

@@ -17,11 +17,12 @@ import time
 
 from shared.logs import configure
 from tests.chaos.faults import Scenario, scenario
-from tests.chaos.live.__main__ import tell
+from tests.chaos.live.__main__ import tell_live
 from tests.chaos.live.many import figures as live_figures
 from tests.chaos.live.many import reports_of as live_reports_of
 from tests.chaos.live.plan import a_plan
 from tests.chaos.many import at_every_step, figures, reports_of
+from tests.chaos.telling import say, tell
 from tests.chaos.world import shrunk
 
 SHOWN = 3
@@ -48,33 +49,20 @@ def main() -> int:
     for one in broken[:SHOWN]:
         _tell(one)
     plans = [a_plan(seed) for seed in range(given.seed, given.seed + given.live)]
-    live = asyncio.run(live_reports_of(plans, given.processes, tell))
+    live = asyncio.run(live_reports_of(plans, given.processes, tell_live))
     for figure in figures([*reports, *live], seconds):
-        _say(figure.line())
+        say(figure.line())
     for figure in live_figures(live) if live else []:
-        _say(figure.line())
+        say(figure.line())
     broken_live = sorted(report.seed for report in live if report.violations)
-    _say(json.dumps({"broken": sorted({one.seed for one in broken}), "broken_live": broken_live}))
+    say(json.dumps({"broken": sorted({one.seed for one in broken}), "broken_live": broken_live}))
     return 1 if broken or broken_live else 0
 
 
 def _tell(broken: Scenario) -> None:
     """The seed of what broke, the fewest faults that break it, and on stderr what then happened."""
     fewest, report = shrunk(broken)
-    seed = broken.seed
-    record = {
-        "broken": seed,
-        "repeat": f"python -m tests.chaos --seed {seed} --schedules 1",
-        "violations": report.violations[:10],
-        "faults": [fault.text() for fault in fewest.faults],
-    }
-    _say(json.dumps(record))
-    sys.stderr.write("\n".join([f"seed {seed}:", *report.trace[-LAST_LINES:], ""]))
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
+    tell(report, "tests.chaos", [fault.text() for fault in fewest.faults], LAST_LINES)
 
 
 if __name__ == "__main__":

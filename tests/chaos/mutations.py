@@ -15,7 +15,7 @@ from services.aggregator.folding import Folding
 from services.aggregator.pooling import Batch
 from services.aggregator.service import Aggregator
 from services.aggregator.state import JobState
-from shared.log import LogWriter
+from shared.log_writer import LogWriter
 from shared.messages import ProbeResult
 
 Patch = Callable[[pytest.MonkeyPatch], None]

@@ -7,7 +7,7 @@ import pytest
 
 from shared.logs import configure
 from tests.chaos.live.boundaries import NAMES
-from tests.chaos.live.plan import Plan, a_plan
+from tests.chaos.live.plan import Blow, Plan, a_plan
 from tests.chaos.live.schedule import run
 
 QUIET = replace(
@@ -61,6 +61,20 @@ async def test_real_processes_lose_nothing_and_count_nothing_twice(
                 kills={"aggregator": ("acknowledge:2", "acknowledge:1")},
             ),
             "is counted twice",
+        ),
+        (
+            replace(
+                QUIET,
+                how="probe",  # an exact round takes no pass but the first: all end before a blow
+                rounds=4,
+                delay_s=0.02,
+                mutation=dict.fromkeys(QUIET.devices, "never_sends_again"),
+                blows=(
+                    Blow("freeze", "aggregator", 0.5, 2.5),
+                    Blow("kill", "broker", 2.5, 0.2),
+                ),
+            ),
+            "never settled",
         ),
     ],
 )

@@ -32,6 +32,7 @@ from shared.messages import (
     WorkAssigned,
 )
 from tests.chaos.abuse import poison
+from tests.support.facts import device_report
 from tests.support.jobs import a_job, a_probe
 
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
@@ -206,17 +207,7 @@ def test_requests_and_reports_at_every_edge_leave_work_for_others(data: st.DataO
             services.scheduler.evolve(selection, now)
             services.scheduler.called(selection, now)
     services.shown()
-    honest = DeviceReport(
-        device="honest",
-        version="1",
-        cores=1,
-        memory_mb=1,
-        rows=10,
-        heldout_rows=0,
-        trusted=False,
-        models=["a" * 64],
-    )
-    services.scheduler.evolve(honest, now)
+    services.scheduler.evolve(device_report("honest", models=["a" * 64]), now)
     asked = RequestWork(device="honest", kinds=["probe"])
     services.scheduler.evolve(asked, now)
     answer = services.scheduler.decide(asked, now)

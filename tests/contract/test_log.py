@@ -13,7 +13,8 @@ import pytest
 from shared import log, subjects
 from shared.bus import Appended, Delivery, Link, SequenceMismatch
 from shared.errors import Fenced
-from shared.log import LogWriter, ensure_streams, follow, follow_all, follow_detail
+from shared.log import ensure_streams, follow, follow_all, follow_detail
+from shared.log_writer import LogWriter
 from shared.messages import JobEnded, RoundReport
 from shared.nats_bus import connect
 from shared.subjects import DETAIL_STREAM, LOG_STREAM
@@ -70,7 +71,7 @@ async def test_a_second_writer_is_fenced_off(bus: Link) -> None:
 async def test_a_broker_that_lost_entries_stops_the_writer(
     bus: Link, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(log, "BEHIND_S", 0.2)
+    monkeypatch.setattr("shared.log_writer.BEHIND_S", 0.2)
     ahead = LogWriter(bus, LOG_STREAM, last=7)
     with pytest.raises(Fenced, match="the broker has lost entries"):
         await ahead.append("a", an_event("a", 1))

@@ -8,38 +8,9 @@ from msgspec.structs import replace
 
 from deploy.demo.processes import ROOT
 from deploy.demo.witness import examine
-from shared.messages import (
-    AdapterEvaluated,
-    Evaluation,
-    JobEnded,
-    JobSpec,
-    Pacing,
-    RoundClosed,
-    Tuning,
-)
-from shared.messages.jobs import How
-from tests.support.fleet import Fleet, a_fleet, a_task
+from shared.messages import AdapterEvaluated, JobEnded, RoundClosed
+from tests.support.fleet import Fleet, a_fleet, a_spec
 from tests.support.waiting import wait_until
-
-
-def a_spec(
-    rounds: int, how: How = "exact", deadline_s: float = 5.0, enough_devices: int = 2
-) -> JobSpec:
-    return JobSpec(
-        task=a_task(),
-        tuning=Tuning(
-            how=how,
-            rounds=rounds,
-            directions=64,
-            batch_rows=1000,
-            normalise="rms",
-            step=0.3,
-            eps=0.05,
-        ),
-        pacing=Pacing(enough_devices=enough_devices, enough_probes=64, deadline_s=deadline_s),
-        evaluation=Evaluation(every_rounds=5),
-        snapshot_every=5,
-    )
 
 
 async def ends_alike(fleet: Fleet, job: str, digest: str) -> None:

@@ -17,7 +17,8 @@ from shared.credentials import Credentials
 from shared.identity import files
 from shared.identity.access import TLS_NAME
 from shared.identity.authority import Authority
-from shared.log import LogWriter, ensure_streams
+from shared.log import ensure_streams
+from shared.log_writer import LogWriter
 from shared.messages import (
     AdapterEvaluated,
     Evaluation,

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,32 +15,30 @@ from services.console.addresses import free_port
 from shared import nats_bus, subjects
 from shared.broker import BrokerProcess
 from shared.codec import encode
-from shared.log import LogWriter, ensure_streams
+from shared.log import ensure_streams
+from shared.log_writer import LogWriter
 from shared.messages import (
     AdapterEvaluated,
     BlobRef,
     ConnectionRefused,
     Contribution,
     DecisionMade,
-    DeviceReport,
     JobOpened,
     JobSpec,
     ModelPublished,
-    RoundClosed,
-    RoundOpened,
     RoundReport,
     Task,
     Tuning,
     UpdateSettled,
 )
 from tests.support.chromium import Page, chromium, find_chromium
+from tests.support.facts import DIGEST, device_report, round_closed, round_opened
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.skipif(
     find_chromium() is None, reason="there is no chromium: apt-get install chromium"
 )
 
-DIGEST = "d" * 64
 PHONE, DESKTOP = (360, 780), (1280, 900)
 SCRIPT = "<img src=x onerror=document.title='owned'><script>document.title='owned'</script>"
 START_S = 30.0
@@ -57,18 +56,9 @@ class Stage:
     page: Page
 
     async def opens(self, round: int, *, evaluate: bool = False) -> None:
-        opened = RoundOpened(
-            job="demo",
-            epoch=0,
-            round=round,
-            stream_round=round,
-            kind="tune",
-            how="probe",
+        opened = round_opened(
+            round,
             directions=64,
-            eps=0.01,
-            batch_rows=4,
-            scope=(0, 1),
-            digest=DIGEST,
             evaluate=evaluate,
             enough_devices=2,
             enough_probes=64,
@@ -77,36 +67,28 @@ class Stage:
         )
         await self.log.append("demo", opened)
 
-    async def closes(self, round: int, reason: str = "enough") -> None:
-        closed = RoundClosed(
-            job="demo",
-            epoch=0,
-            round=round,
-            reason=reason,  # type: ignore[arg-type]
-            commit=None,
-            digest=DIGEST,
-            detail_sequence=round,
-            updates=2,
-            late=1,
-            devices=2,
-            probes=64,
-            weight=8,
-            loss=2.0 / round,
-            signal=1.5,
-        )
+    async def closes(self, round: int, reason: str = "enough", **different: Any) -> None:
+        usual: dict[str, Any] = {
+            "updates": 2,
+            "late": 1,
+            "devices": 2,
+            "probes": 64,
+            "weight": 8,
+            "loss": 2.0 / round,
+            "signal": 1.5,
+        }
+        closed = round_closed(round, reason=reason, **usual | different)
         await self.log.append("demo", closed)
 
     async def reports(self, device: str, *, problem: str = "", rows: int = 40) -> None:
-        report = DeviceReport(
-            device=device,
-            version="0",
+        counters = {"reconnects": 3, "link_bytes_in": 4_200_000, "link_bytes_out": 1_300}
+        report = device_report(
+            device,
             cores=4,
             memory_mb=2048,
             rows=rows,
-            heldout_rows=0,
-            trusted=False,
             models=[DIGEST],
-            counters={"reconnects": 3, "link_bytes_in": 4_200_000, "link_bytes_out": 1_300},
+            counters=counters,
             problem=problem,
         )
         await self.bus.publish(subjects.report(device), encode(report))
@@ -319,3 +301,34 @@ async def test_the_page_finds_telemetry_again_and_shows_what_is_so_now(
         await stage.shows("live", "#link")
         await stage.shows("2 of 20", "#figure-round")
         await stage.shows("No device.", "#devices")  # no report is kept: none is remembered
+
+
+async def test_why_each_round_closed_and_with_what_signal_is_on_the_page(
+    tmp_path: Path, broker: BrokerProcess
+) -> None:
+    async with staged(tmp_path, broker) as stage:
+        for round in range(1, 5):
+            await stage.opens(round)
+        await stage.closes(1, more=True, signal=0.12, variance=0.731)
+        await stage.closes(2, "deadline", signal=1.07, variance=0.0925)
+        await stage.closes(3, "abandoned", signal=None)
+        await stage.page.value("document.querySelector('#rounds-details').open = true")
+        await stage.shows("abandoned", "#rounds")
+        cells = "[...r.cells].filter((c, n) => [0, 1, 6, 7].includes(n)).map((c) => c.innerText)"
+        rows = f"[...document.querySelectorAll('#rounds tbody tr')].map((r) => {cells})"
+        assert await stage.page.value(rows) == [
+            ["4", "open", "–", "–"],
+            ["3", "abandoned", "–", "–"],
+            ["2", "deadline", "1.07", "0.0925"],
+            ["1", "more on the same batch", "0.120", "0.731"],
+        ]
+        await stage.shows("1", "#lanes .lane-more .count")
+        await stage.shows("2 of 20", "#figure-round")  # two of four moved nothing
+        await stage.page.value("document.querySelector('#scrub').focus()")
+        for _ in range(3):
+            await stage.page.press("ArrowLeft")
+        for said in ("more on the same batch", "signal to noise 0.120", "variance 0.731"):
+            await stage.shows(said, "#readout")
+        await stage.page.size(*PHONE)
+        assert await stage.overflow() <= 0
+        assert not stage.page.complaints

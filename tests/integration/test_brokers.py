@@ -14,12 +14,15 @@ from shared import jetstream, subjects
 from shared.broker import BrokerProcess
 from shared.bus import SequenceMismatch
 from shared.errors import ConfigError, Fenced, TransientError
-from shared.log import LogWriter, ensure_streams, follow, patiently, read, read_patiently
+from shared.log import ensure_streams, follow, read, read_patiently
+from shared.log_writer import LogWriter
 from shared.messages import JobEnded, RoundClosed
 from shared.nats_bus import NatsBus, connect
+from shared.patience import patiently
 from shared.runtime import EXIT_CONFIG
 from tests.support.cluster import SERVERS, Cluster, in_step, start_cluster, stream_info
-from tests.support.sites import a_spec, ends_whole, fleet_on, reaches_round
+from tests.support.fleet import a_spec, fleet_on
+from tests.support.sites import ends_whole, reaches_round
 from tests.support.waiting import wait_until
 
 R3 = ("--stream-replicas", "3")

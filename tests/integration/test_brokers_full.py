@@ -15,12 +15,13 @@ from shared import subjects
 from shared.broker import BrokerProcess, start_broker
 from shared.codec import decode
 from shared.errors import TransientError
-from shared.log import LogWriter, ensure_streams
+from shared.log import ensure_streams
+from shared.log_writer import LogWriter
 from shared.messages import DeviceReport, JobEnded, ServiceReport
 from shared.nats_bus import NatsBus, connect
 from tests.support.cluster import Cluster, in_step, start_cluster
-from tests.support.fleet import Fleet
-from tests.support.sites import a_spec, ends_whole, fill, fleet_on, reaches_round, small_disk
+from tests.support.fleet import Fleet, a_spec, fleet_on
+from tests.support.sites import ends_whole, fill, reaches_round, small_disk
 from tests.support.waiting import wait_until
 
 OPTIONS = ("--report-every-s", "0.2")

@@ -11,8 +11,8 @@ from shared.log import follow_detail
 from shared.messages import RoundClosed, UpdatesFolded
 from tests.deploy.containers import free_port
 from tests.support.cluster import start_gate
-from tests.support.fleet import Fleet
-from tests.support.sites import a_spec, ends_whole, fleet_on
+from tests.support.fleet import Fleet, a_spec, fleet_on
+from tests.support.sites import ends_whole
 
 NATS = ROOT / "deploy" / "nats"
 ROUNDS = 100

@@ -24,8 +24,7 @@ from shared.jetstream_api import stream_config
 from shared.log import STREAMS, ensure_streams
 from shared.messages import StopJob
 from shared.nats_bus import connect
-from tests.e2e.test_fleet import a_spec
-from tests.support.fleet import a_fleet, rows, write_rows
+from tests.support.fleet import a_fleet, a_spec, rows, write_rows
 from tests.support.tiny_gguf import write
 from tests.support.waiting import wait_until
 

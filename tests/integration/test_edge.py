@@ -16,7 +16,8 @@ from shared import blobs, subjects
 from shared.adapter import Adapter, term
 from shared.bus import Link
 from shared.codec import decode, encode, encode_manifest
-from shared.log import LogWriter, ensure_streams
+from shared.log import ensure_streams
+from shared.log_writer import LogWriter
 from shared.messages import (
     Block,
     ComeBack,

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from shared.broker import BrokerProcess
 from shared.errors import TransientError
 from shared.nats_bus import NatsBus
 from tests.deploy.containers import free_port
-from tests.support.proxy import Proxy
+from tests.support.proxy import Proxy, on_a_port
 
 SERVERS = 3
 
@@ -41,18 +41,9 @@ class Gate(Proxy):
             self.cut()
 
 
-@asynccontextmanager
-async def start_gate(target_port: int) -> AsyncGenerator[Gate, None]:
+def start_gate(target_port: int) -> AbstractAsyncContextManager[Gate]:
     """An open gate on a port of its own."""
-    gate = Gate(target_port)
-    server = await asyncio.start_server(gate.serve, "127.0.0.1", 0)
-    gate.port = server.sockets[0].getsockname()[1]
-    try:
-        yield gate
-    finally:
-        server.close()
-        await gate.close()
-        await server.wait_closed()
+    return on_a_port(Gate(target_port))
 
 
 @dataclass

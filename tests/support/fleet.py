@@ -18,16 +18,20 @@ from shared.log import follow
 from shared.messages import (
     Block,
     DeviceReport,
+    Evaluation,
     JobAccepted,
     JobEnded,
     JobSpec,
     LogEvent,
     Manifest,
     Message,
+    Pacing,
     SubmitJob,
     Task,
+    Tuning,
     Variant,
 )
+from shared.messages.jobs import How
 
 LABELS = {"fruit": "apple", "metal": "iron"}
 WORDS = {
@@ -171,33 +175,70 @@ class Fleet:
 
 
 @asynccontextmanager
-async def a_fleet(
-    folder: Path, *, devices: int, model: dict[str, object] | None = None
+async def fleet_on(
+    broker: BrokerProcess,
+    folder: Path,
+    *,
+    servers: list[str] | None = None,
+    service_options: tuple[str, ...] = (),
+    model: dict[str, object] | None = None,
 ) -> AsyncGenerator[Fleet, None]:
-    """A broker, the three services and devices `d0` ... (d0 is trusted); all end with the block.
+    """Aggregator and scheduler on a broker that runs; whatever the fleet has ends with the block.
 
     `model` are the fake engine's options.
     """
     path = folder / "model.json"
     path.write_text(json.dumps(model or {}))
-    async with start_broker(folder / "nats") as broker:
-        bus = await nats_bus.connect([broker.url], name="test")
-        fleet = Fleet(folder, broker, bus, path)
-        fleet.hearing = hearing = asyncio.create_task(fleet.hear())
-        try:
-            for name in ("aggregator", "scheduler"):
-                await fleet.start_service(name)
-            await fleet.start_service("telemetry", "--port", "0")
-            for number in range(devices):
-                await fleet.start_device(f"d{number}", trusted=number == 0)
-            yield fleet
-        finally:
-            for child in [*fleet.devices.values(), *fleet.services.values()]:
-                await child.stop()
-            hearing.cancel()
-            await asyncio.gather(hearing, return_exceptions=True)
-            await bus.close()
+    addresses = servers or []
+    bus = await nats_bus.connect(addresses or [broker.url], name="test")
+    fleet = Fleet(folder, broker, bus, path, addresses=addresses)
+    fleet.hearing = hearing = asyncio.create_task(fleet.hear())
+    try:
+        for name in ("aggregator", "scheduler"):
+            await fleet.start_service(name, *service_options)
+        yield fleet
+    finally:
+        for child in [*fleet.devices.values(), *fleet.services.values()]:
+            await child.stop()
+        hearing.cancel()
+        await asyncio.gather(hearing, return_exceptions=True)
+        await bus.close()
+
+
+@asynccontextmanager
+async def a_fleet(
+    folder: Path, *, devices: int, model: dict[str, object] | None = None
+) -> AsyncGenerator[Fleet, None]:
+    """A broker, the three services and devices `d0` ... (d0 is trusted); all end with the block."""
+    async with (
+        start_broker(folder / "nats") as broker,
+        fleet_on(broker, folder, model=model) as fleet,
+    ):
+        await fleet.start_service("telemetry", "--port", "0")
+        for number in range(devices):
+            await fleet.start_device(f"d{number}", trusted=number == 0)
+        yield fleet
 
 
 def a_task() -> Task:
     return Task(loss="choices", template="{text} is", labels=LABELS)
+
+
+def a_spec(
+    rounds: int, *, how: How = "exact", deadline_s: float = 5.0, enough_devices: int = 2
+) -> JobSpec:
+    return JobSpec(
+        task=a_task(),
+        tuning=Tuning(
+            how=how,
+            rounds=rounds,
+            directions=64,
+            batch_rows=1000,
+            normalise="rms",
+            step=0.3,
+            eps=0.05,
+        ),
+        pacing=Pacing(enough_devices=enough_devices, enough_probes=64, deadline_s=deadline_s),
+        evaluation=Evaluation(every_rounds=5),
+        snapshot_every=5,
+    )

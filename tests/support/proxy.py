@@ -2,7 +2,8 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import TypeVar
 
 
 class Proxy:
@@ -63,10 +64,12 @@ class Proxy:
             sink.close()
 
 
+Link = TypeVar("Link", bound=Proxy)
+
+
 @asynccontextmanager
-async def start_proxy(target_port: int) -> AsyncGenerator[Proxy, None]:
-    """A proxy on a port of its own."""
-    proxy = Proxy(target_port)
+async def on_a_port(proxy: Link) -> AsyncGenerator[Link, None]:
+    """`proxy` has a port of its own while this is open."""
     server = await asyncio.start_server(proxy.serve, "127.0.0.1", 0)
     proxy.port = server.sockets[0].getsockname()[1]
     try:
@@ -75,3 +78,8 @@ async def start_proxy(target_port: int) -> AsyncGenerator[Proxy, None]:
         server.close()
         await proxy.close()
         await server.wait_closed()
+
+
+def start_proxy(target_port: int) -> AbstractAsyncContextManager[Proxy]:
+    """A proxy on a port of its own."""
+    return on_a_port(Proxy(target_port))

@@ -10,7 +10,8 @@ from shared import blobs, subjects
 from shared.adapter import UNIT, Adapter
 from shared.bus import Link
 from shared.codec import encode_manifest
-from shared.log import LogWriter, ensure_streams
+from shared.log import ensure_streams
+from shared.log_writer import LogWriter
 from shared.messages import (
     Block,
     EpochOpened,

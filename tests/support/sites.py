@@ -1,66 +1,16 @@
-"""Fleets on brokers of every kind: a cluster's, one with little room, one with sites of its own."""
+"""What fleets on brokers of every kind must come to, and disks with little room."""
 
-import asyncio
-import json
 import subprocess
-from collections.abc import AsyncGenerator, Generator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from deploy.demo.witness import Verdict, examine
-from shared import nats_bus
-from shared.broker import BrokerProcess
-from shared.messages import Evaluation, JobEnded, JobSpec, LogEvent, Pacing, RoundClosed, Tuning
-from tests.support.fleet import Fleet, a_task
+from shared.messages import JobEnded, LogEvent, RoundClosed
+from tests.support.fleet import Fleet
 from tests.support.waiting import wait_until
-
-
-def a_spec(rounds: int, *, deadline_s: float = 5.0) -> JobSpec:
-    """Rounds that want both of two devices."""
-    return JobSpec(
-        task=a_task(),
-        tuning=Tuning(
-            how="exact",
-            rounds=rounds,
-            directions=64,
-            batch_rows=1000,
-            normalise="rms",
-            step=0.3,
-            eps=0.05,
-        ),
-        pacing=Pacing(enough_devices=2, enough_probes=64, deadline_s=deadline_s),
-        evaluation=Evaluation(every_rounds=5),
-        snapshot_every=5,
-    )
-
-
-@asynccontextmanager
-async def fleet_on(
-    broker: BrokerProcess,
-    folder: Path,
-    *,
-    servers: list[str] | None = None,
-    service_options: tuple[str, ...] = (),
-) -> AsyncGenerator[Fleet, None]:
-    """Aggregator and scheduler on a broker that runs; a test starts its devices itself."""
-    path = folder / "model.json"
-    path.write_text(json.dumps({}))
-    addresses = servers or []
-    bus = await nats_bus.connect(addresses or [broker.url], name="test")
-    fleet = Fleet(folder, broker, bus, path, addresses=addresses)
-    fleet.hearing = hearing = asyncio.create_task(fleet.hear())
-    try:
-        for name in ("aggregator", "scheduler"):
-            await fleet.start_service(name, *service_options)
-        yield fleet
-    finally:
-        for child in [*fleet.devices.values(), *fleet.services.values()]:
-            await child.stop()
-        hearing.cancel()
-        await asyncio.gather(hearing, return_exceptions=True)
-        await bus.close()
 
 
 async def reaches_round(fleet: Fleet, job: str, number: int) -> list[LogEvent]:

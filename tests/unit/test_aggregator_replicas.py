@@ -4,14 +4,9 @@ from collections.abc import AsyncGenerator
 
 import pytest
 
-from services.aggregator.config import Settings
-from services.aggregator.service import Aggregator
 from shared.bus import Stored
-from shared.clock import SystemClock
-from shared.codec import encode
-from shared.log import ensure_streams
 from shared.memory_bus import MemoryBroker
-from shared.subjects import update as subject_of
+from tests.support.aggregators import an_aggregator, open_round, stored
 from tests.support.jobs import a_job, a_probe
 
 LAG = 3
@@ -23,16 +18,11 @@ async def test_it_reads_on_until_it_has_all_that_the_leader_has(
 ) -> None:
     broker = MemoryBroker()
     one, two = broker.connect("one"), broker.connect("two")
-    await ensure_streams(one)
-    first = Aggregator(one, one, Settings(), SystemClock())
-    await first.replay()
+    first = await an_aggregator(one)
     await first.answer(a_job(enough_devices=9))
-    opened = first.jobs["demo"].open
-    assert opened is not None
+    opened = open_round(first)
     for number, device in enumerate(("a", "b"), start=1):
-        probe = a_probe(opened, device)
-        stored = Stored(number, subject_of("demo", device), encode(probe), {})
-        await first.fold([stored])
+        await first.fold([stored(a_probe(opened, device), number)])
     read, reads = two.read, dict[str, int]()
 
     async def lagging(
@@ -41,14 +31,13 @@ async def test_it_reads_on_until_it_has_all_that_the_leader_has(
         """Without the newest entries, for some reads."""
         reads[stream] = reads.get(stream, 0) + 1
         last = broker.streams[stream].last - (LAG if reads[stream] <= READS else 0)
-        async for stored in read(stream, subject, after=after, up_to=up_to):
-            if stored.sequence > last:
+        async for entry in read(stream, subject, after=after, up_to=up_to):
+            if entry.sequence > last:
                 return
-            yield stored
+            yield entry
 
     monkeypatch.setattr(two, "read", lagging)
-    second = Aggregator(two, two, Settings(), SystemClock())
-    await second.replay()
+    second = await an_aggregator(two)
     assert set(reads.values()) == {READS + 1}
     again = second.jobs["demo"]
     assert again.open == opened

@@ -11,11 +11,12 @@ from msgspec.structs import replace
 from services.aggregator.config import Settings
 from services.aggregator.service import Aggregator
 from shared import subjects
-from shared.bus import Link, Stored
+from shared.bus import Link
 from shared.clock import SystemClock
 from shared.codec import decode, encode
 from shared.errors import Fenced
-from shared.log import LogWriter, ensure_streams
+from shared.log import ensure_streams
+from shared.log_writer import LogWriter
 from shared.memory_bus import MemoryBroker
 from shared.messages import (
     JobAccepted,
@@ -30,6 +31,7 @@ from shared.messages import (
     UpdateSettled,
 )
 from shared.runtime import Stop
+from tests.support.aggregators import an_aggregator, open_round, stored
 from tests.support.jobs import a_job, a_probe
 from tests.support.waiting import wait_until
 
@@ -49,9 +51,7 @@ class Served:
         return decode(await self.client.request(subject, encode(message), timeout_s=5), Message)
 
     def opened(self, job: str = "demo") -> RoundOpened:
-        opened = self.aggregator.jobs[job].open
-        assert opened is not None
-        return opened
+        return open_round(self.aggregator, job)
 
     async def send(self, update: SubmitUpdate, data: bytes | None = None) -> UpdateSettled:
         """What becomes of one update; `data` instead of its own bytes."""
@@ -63,11 +63,6 @@ class Served:
         )
         await wait_until(lambda: len(self.settled) > before)
         return self.settled[-1]
-
-
-def _stored(update: SubmitUpdate) -> Stored:
-    subject = subjects.update(update.key.job, update.key.device)
-    return Stored(1, subject, encode(update), {})
 
 
 @asynccontextmanager
@@ -153,12 +148,8 @@ async def test_one_update_that_cannot_be_handled_holds_up_no_other(
 
 async def test_a_second_aggregator_fences_the_first_off() -> None:
     broker = MemoryBroker()
-    one, two = broker.connect("one"), broker.connect("two")
-    await ensure_streams(one)
-    first = Aggregator(one, one, Settings(), SystemClock())
-    second = Aggregator(two, two, Settings(), SystemClock())
-    await first.replay()
-    await second.replay()
+    first = await an_aggregator(broker.connect("one"))
+    second = await an_aggregator(broker.connect("two"))
     assert isinstance(await second.answer(a_job("theirs")), JobAccepted)
     with pytest.raises(Fenced, match="another aggregator writes to stream LOG"):
         await first.answer(a_job("ours"))
@@ -167,39 +158,30 @@ async def test_a_second_aggregator_fences_the_first_off() -> None:
 async def test_the_newest_aggregator_has_both_streams_before_it_reads_either() -> None:
     """Else one goes on in LOG and another in DETAIL, and a close misses what was settled."""
     broker = MemoryBroker()
-    one, two = broker.connect("one"), broker.connect("two")
-    await ensure_streams(one)
-    first = Aggregator(one, one, Settings(), SystemClock())
-    await first.replay()
+    first = await an_aggregator(broker.connect("one"))
     await first.answer(a_job(enough_devices=9))
-    opened = first.jobs["demo"].open
-    assert opened is not None
-    second = Aggregator(two, two, Settings(), SystemClock())
-    await second.replay()
+    update = stored(a_probe(open_round(first), "a"))
+    second = await an_aggregator(broker.connect("two"))
     with pytest.raises(Fenced, match="stream DETAIL"):
-        await first.fold([_stored(a_probe(opened, "a"))])
+        await first.fold([update])
     with pytest.raises(Fenced, match="stream LOG"):
         await first.answer(StopJob(job="demo"))
-    await second.fold([_stored(a_probe(opened, "a"))])
+    await second.fold([update])
     assert second.jobs["demo"].progress.updates == 1
 
 
 async def test_who_is_fenced_off_has_no_last_word_on_an_update() -> None:
     """It does not know the job or the round, and an update that is rejected is gone."""
     broker = MemoryBroker()
-    one, two = broker.connect("one"), broker.connect("two")
-    await ensure_streams(one)
-    first = Aggregator(one, one, Settings(), SystemClock())
-    await first.replay()
-    second = Aggregator(two, two, Settings(), SystemClock())
-    await second.replay()
+    one = broker.connect("one")
+    first = await an_aggregator(one)
+    second = await an_aggregator(broker.connect("two"))
     await second.answer(a_job(enough_devices=9))
-    opened = second.jobs["demo"].open
-    assert opened is not None
+    update = stored(a_probe(open_round(second), "a"))
     async with one.subscribe(subjects.ALL_SETTLED) as words:
         with pytest.raises(Fenced):
-            await first.fold([_stored(a_probe(opened, "a"))])
-        await second.fold([_stored(a_probe(opened, "a"))])
+            await first.fold([update])
+        await second.fold([update])
         word = decode((await anext(words)).data, UpdateSettled)
     assert word.outcome == "folded"
 

@@ -37,7 +37,8 @@ from shared.codec import decode, decode_manifest, encode
 from shared.errors import ConfigError
 from shared.identity.access import Access
 from shared.jetstream_api import NoResponders
-from shared.log import LogWriter, ensure_streams
+from shared.log import ensure_streams
+from shared.log_writer import LogWriter
 from shared.memory_bus import MemoryBroker, MemoryBus
 from shared.messages import (
     AdapterEvaluated,
@@ -61,10 +62,10 @@ from shared.messages import (
 )
 from shared.messages.jobs import Loss
 from shared.runtime import EXIT_CONFIG, Stop
+from tests.support.facts import DIGEST, round_closed, round_opened
 from tests.support.jobs import a_job
 from tests.support.waiting import wait_until
 
-DIGEST = "d" * 64
 Reason = Literal["enough", "evaluated"]
 
 
@@ -84,40 +85,15 @@ def a_life(job: str = "demo", *, loss: Loss = "choices") -> list[LogEvent]:
 
 
 def closed(round: int, *, loss: float | None = None, reason: Reason = "enough") -> RoundClosed:
-    tuned = reason == "enough"
-    return RoundClosed(
-        job="demo",
-        epoch=0,
-        round=round,
-        reason=reason,
-        commit=Commit(0, []) if tuned else None,
-        digest=DIGEST,
-        detail_sequence=round,
-        updates=4 if tuned else 0,
-        devices=2 if tuned else 0,
-        loss=loss,
-    )
+    if reason == "enough":
+        return round_closed(round, commit=Commit(0, []), updates=4, devices=2, loss=loss)
+    return round_closed(round, reason=reason, updates=0, devices=0, loss=loss)
 
 
 def opened_last(round: int) -> RoundOpened:
     """The evaluation at a job's end."""
-    return RoundOpened(
-        job="demo",
-        epoch=0,
-        round=round,
-        stream_round=round,
-        kind="evaluate",
-        how="probe",
-        directions=0,
-        eps=0.01,
-        batch_rows=1,
-        scope=(0, 1),
-        digest=DIGEST,
-        evaluate=True,
-        enough_devices=1,
-        enough_probes=0,
-        over_selection=1.0,
-        deadline_s=10.0,
+    return round_opened(
+        round, kind="evaluate", directions=0, evaluate=True, enough_devices=1, enough_probes=0
     )
 
 

@@ -16,7 +16,8 @@ from services.telemetry.service import Observer
 from services.telemetry.state import State
 from shared import subjects
 from shared.codec import encode
-from shared.log import LogWriter, ensure_streams
+from shared.log import ensure_streams
+from shared.log_writer import LogWriter
 from shared.memory_bus import MemoryBroker, MemoryBus
 from shared.messages import (
     AdapterEvaluated,
@@ -27,8 +28,6 @@ from shared.messages import (
     JobOpened,
     JobSpec,
     LogEvent,
-    RoundClosed,
-    RoundOpened,
     RoundReport,
     ServiceReport,
     Task,
@@ -36,54 +35,14 @@ from shared.messages import (
     UpdateSettled,
 )
 from shared.metrics import COUNTERS
+from tests.support.facts import DIGEST, device_report, round_closed, round_opened
 from tests.support.waiting import wait_until
-
-DIGEST = "d" * 64
-
 
 LABELLED = Task(loss="choices", template="{text}", labels={"a": "yes", "b": "no"})
 
 
 def opened(job: str = "demo", rounds: int = 3, task: Task = LABELLED) -> JobOpened:
     return JobOpened(job=job, spec=JobSpec(task=task, tuning=Tuning(rounds=rounds)))
-
-
-def round_opened(round: int, job: str = "demo") -> RoundOpened:
-    return RoundOpened(
-        job=job,
-        epoch=0,
-        round=round,
-        stream_round=round,
-        kind="tune",
-        how="probe",
-        directions=8,
-        eps=0.01,
-        batch_rows=4,
-        scope=(0, 1),
-        digest=DIGEST,
-        evaluate=False,
-        enough_devices=1,
-        enough_probes=8,
-        over_selection=1.0,
-        deadline_s=10.0,
-    )
-
-
-def closed(round: int, *, loss: float | None = 1.0, job: str = "demo") -> RoundClosed:
-    return RoundClosed(
-        job=job,
-        epoch=0,
-        round=round,
-        reason="enough",
-        commit=None,
-        digest=DIGEST,
-        detail_sequence=round,
-        updates=2,
-        devices=2,
-        probes=8,
-        weight=6,
-        loss=loss,
-    )
 
 
 def evaluated(round: int, correct: int, examples: int, loss: float) -> AdapterEvaluated:
@@ -101,17 +60,7 @@ def evaluated(round: int, correct: int, examples: int, loss: float) -> AdapterEv
 
 
 def a_report(device: str, **counters: int) -> DeviceReport:
-    return DeviceReport(
-        device=device,
-        version="0",
-        cores=2,
-        memory_mb=512,
-        rows=10,
-        heldout_rows=0,
-        trusted=False,
-        models=[],
-        counters=counters,
-    )
+    return device_report(device, counters=counters)
 
 
 def a_round_report(round: int) -> RoundReport:
@@ -131,7 +80,13 @@ def samples(known: State) -> dict[tuple[str, tuple[str, ...]], float]:
 
 def test_a_job_is_remembered_round_by_round() -> None:
     known = State()
-    for event in (opened(), round_opened(1), closed(1, loss=2.0), round_opened(2), closed(2)):
+    for event in (
+        opened(),
+        round_opened(1),
+        round_closed(1, loss=2.0),
+        round_opened(2),
+        round_closed(2),
+    ):
         known.on_event(event)
     job = known.jobs["demo"]
     assert [row.loss for row in job.rounds.values()] == [2.0, 1.0]
@@ -155,7 +110,7 @@ def test_the_oldest_rounds_are_dropped_past_the_bound(monkeypatch: pytest.Monkey
     known = State()
     for round in range(1, 12):
         known.on_event(round_opened(round))
-        known.on_event(closed(round))
+        known.on_event(round_closed(round))
     known.on_round_report(a_round_report(1))
     assert list(known.jobs["demo"].rounds) == [7, 8, 9, 10, 11]
     assert known.jobs["demo"].closed == {"enough": 11}
@@ -193,7 +148,7 @@ def test_every_counter_there_is_becomes_a_metric_that_prometheus_reads() -> None
 
 def test_jobs_become_gauges() -> None:
     known = State()
-    for event in (opened(), round_opened(1), closed(1, loss=1.5), evaluated(1, 3, 4, 8.0)):
+    for event in (opened(), round_opened(1), round_closed(1, loss=1.5), evaluated(1, 3, 4, 8.0)):
         known.on_event(event)
     read = samples(known)
     assert read["seedwire_job_round", ("demo",)] == 1
@@ -239,7 +194,7 @@ async def watched() -> AsyncGenerator[tuple[MemoryBroker, MemoryBus, Observer, s
     writer = broker.connect("writer")
     await ensure_streams(writer)
     log = await LogWriter.open(writer, subjects.LOG_STREAM)
-    history: list[LogEvent] = [opened(), round_opened(1), closed(1)]
+    history: list[LogEvent] = [opened(), round_opened(1), round_closed(1)]
     for event in history:
         await log.append("demo", event)
     observer = Observer()

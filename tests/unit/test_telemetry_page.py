@@ -28,71 +28,24 @@ from shared.messages import (
     JobEnded,
     JobOpened,
     JobSpec,
-    RoundClosed,
-    RoundOpened,
     RoundReport,
     ServiceReport,
     Task,
     UpdateSettled,
     UpdatesFolded,
 )
+from tests.support.facts import DIGEST, device_report, round_closed, round_opened
 from tests.support.waiting import wait_until
 
-DIGEST = "d" * 64
-DEADLINE_S = 10.0
+DEADLINE_S = round_opened(1).deadline_s
 
 
 def job_opened(job: str = "demo") -> JobOpened:
     return JobOpened(job=job, spec=JobSpec(task=Task(loss="tokens")))
 
 
-def round_opened(round: int, job: str = "demo") -> RoundOpened:
-    return RoundOpened(
-        job=job,
-        epoch=0,
-        round=round,
-        stream_round=round,
-        kind="tune",
-        how="probe",
-        directions=8,
-        eps=0.01,
-        batch_rows=4,
-        scope=(0, 1),
-        digest=DIGEST,
-        evaluate=False,
-        enough_devices=3,
-        enough_probes=24,
-        over_selection=1.0,
-        deadline_s=DEADLINE_S,
-    )
-
-
-def round_closed(round: int, *, devices: int = 3, job: str = "demo") -> RoundClosed:
-    return RoundClosed(
-        job=job,
-        epoch=0,
-        round=round,
-        reason="enough",
-        commit=None,
-        digest=DIGEST,
-        detail_sequence=round,
-        devices=devices,
-    )
-
-
 def report(device: str, *, problem: str = "", **counters: int) -> DeviceReport:
-    return DeviceReport(
-        device=device,
-        version="0",
-        cores=2,
-        memory_mb=512,
-        rows=10,
-        heldout_rows=0,
-        trusted=False,
-        models=[],
-        counters=counters,
-        problem=problem,
-    )
+    return device_report(device, counters=counters, problem=problem)
 
 
 def decision(device: str, round: int = 1, *, job: str = "demo", plays: int = 2) -> DecisionMade:
@@ -283,7 +236,7 @@ def test_a_page_follows_the_newest_job_unless_it_asked_for_one() -> None:
     told(speaker, follower)
     told(speaker, asker)
     observer.state.on_event(job_opened("second"))
-    observer.state.on_event(round_opened(5, "second"))
+    observer.state.on_event(round_opened(5, job="second"))
     name, now = told(speaker, follower)
     assert (name, now["chosen"], [r["round"] for r in now["rounds"]]) == (
         "everything",

@@ -46,8 +46,11 @@ function drawLink() {
 function drawFigures() {
   const job = chosen(), fleet = known.fleet, rounds = byRound(known.rounds);
   const planned = job.rounds_planned ? ` of ${count(job.rounds_planned)}` : "";
-  write("figure-round", job.job === undefined ? "–" : count(job.round), planned);
-  $("progress").value = job.rounds_planned ? Math.min(1, job.round / job.rounds_planned) : 0;
+  // Rounds that closed without a step are not among those planned, nor is the evaluation at the end.
+  const without = (job.closed?.more ?? 0) + (job.closed?.abandoned ?? 0);
+  const round = Math.min(job.round - without, job.rounds_planned || Infinity);
+  write("figure-round", job.job === undefined ? "–" : count(round), planned);
+  $("progress").value = job.rounds_planned ? round / job.rounds_planned : 0;
   const measured = byRound(known.evaluations), first = measured[0], last = measured.at(-1);
   $("tile-accuracy").hidden = job.has_answers === false;
   write("figure-accuracy", last ? percent(last.accuracy ?? 0) : "–");

@@ -7,6 +7,7 @@ import { count, figure, percent } from "./words.js";
 
 const REASONS = ["enough", "more", "deadline", "abandoned", "evaluated", "stopped"];
 const points = (rows, name) => rows.filter((row) => row[name] !== undefined && row[name] !== null).map((row) => [row.round, row[name]]);
+const why = (row) => (row.reason === "more" ? "more on the same batch" : row.reason ?? "open");
 const counted = (rows, name) => rows.map((row) => [row.round, row[name] ?? 0]);
 const charts = [
   new Chart($("chart-loss"), {
@@ -72,7 +73,7 @@ function drawLooked() {
   const measured = known.evaluations.get(round);
   const facts = [];
   if (row) {
-    facts.push(["Round", count(round)], [row.kind === "evaluate" ? "evaluation" : "", row.reason ?? "open"]);
+    facts.push(["Round", count(round)], [row.kind === "evaluate" ? "evaluation" : "", why(row)]);
     facts.push(["devices", `${count(row.devices)} of ${count(row.wanted)}`], ["probes", `${count(row.probes)} of ${count(row.wanted_probes)}`]);
     facts.push(["loss", figure(row.loss)], ["signal to noise", figure(row.signal)], ["late", count(row.late)]);
     if (row.variance !== undefined && row.variance !== null) facts.push(["variance", figure(row.variance)]);
@@ -103,12 +104,13 @@ for (const chart of charts) {
 }
 const roundsTable = new Table($("rounds"), [
   { name: "round", title: "Round", className: "n", value: (row) => row.round, text: (row) => count(row.round) },
-  { name: "reason", title: "Closed", value: (row) => row.reason ?? "", text: (row) => row.reason ?? "open" },
+  { name: "reason", title: "Closed", value: (row) => row.reason ?? "", text: why },
   { name: "devices", title: "Devices", className: "n", value: (row) => row.devices ?? 0, text: (row) => `${count(row.devices)} of ${count(row.wanted)}` },
   { name: "probes", title: "Probes", className: "n", value: (row) => row.probes ?? 0, text: (row) => `${count(row.probes)} of ${count(row.wanted_probes)}` },
   { name: "late", title: "Late", className: "n", value: (row) => row.late ?? 0, text: (row) => count(row.late) },
   { name: "loss", title: "Loss", className: "n", value: (row) => row.loss ?? -1, text: (row) => figure(row.loss) },
   { name: "signal", title: "Signal to noise", className: "n", value: (row) => row.signal ?? -1, text: (row) => figure(row.signal) },
+  { name: "variance", title: "Variance", className: "n", value: (row) => row.variance ?? -1, text: (row) => figure(row.variance) },
 ], { key: "round", limit: 100, sort: "round", down: true, nothing: "No round yet." });
 $("rounds-details").addEventListener("toggle", () => { dirty.add("rounds"); ask(); });
 

@@ -15,23 +15,15 @@ from nats.aio.client import Client
 from shared import subjects
 from shared.codec import encode
 from shared.identity.access import TLS_NAME
-from shared.messages import DeviceReport, ProbeResult, RequestWork, SubmitUpdate, UpdateKey
+from shared.messages import ProbeResult, RequestWork, SubmitUpdate, UpdateKey
+from tests.support.facts import device_report
 
 BURSTS_A_SECOND = 20
 
 
 def said(device: str, job: str) -> list[tuple[str, bytes]]:
     """What it says over and over."""
-    report = DeviceReport(
-        device=device,
-        version="1",
-        cores=1,
-        memory_mb=1,
-        rows=1,
-        heldout_rows=0,
-        trusted=True,
-        models=[],
-    )
+    report = device_report(device, trusted=True)
     updates = [
         SubmitUpdate(
             key=UpdateKey(job, 0, 2**32 - 2, device, part),

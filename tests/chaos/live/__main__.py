@@ -17,6 +17,7 @@ from tests.chaos.live.many import figures as live_figures
 from tests.chaos.live.many import reports_of
 from tests.chaos.live.plan import a_plan
 from tests.chaos.many import figures
+from tests.chaos.telling import say, tell
 from tests.chaos.world import Report
 
 LAST_LINES = 120
@@ -31,32 +32,19 @@ def main() -> int:
     configure("chaos", level="critical")
     plans = [a_plan(seed) for seed in range(given.seed, given.seed + given.schedules)]
     began = time.perf_counter()
-    reports = asyncio.run(reports_of(plans, given.parallel, tell))
+    reports = asyncio.run(reports_of(plans, given.parallel, tell_live))
     found = figures(reports, time.perf_counter() - began)
     for figure in (*found, *live_figures(reports)):
-        _say(figure.line())
+        say(figure.line())
     broken = sorted(report.seed for report in reports if report.violations)
-    _say(json.dumps({"broken": broken, "runs_on": "processes"}))
+    say(json.dumps({"broken": broken, "runs_on": "processes"}))
     return 1 if broken else 0
 
 
-def tell(report: Report) -> None:
+def tell_live(report: Report) -> None:
     """What broke, with its plan, and on stderr what the processes logged."""
-    if not report.violations:
-        return
-    record = {
-        "broken": report.seed,
-        "repeat": f"python -m tests.chaos.live --seed {report.seed} --schedules 1",
-        "violations": report.violations[:10],
-        "faults": a_plan(report.seed).text(),
-    }
-    _say(json.dumps(record))
-    sys.stderr.write("\n".join([f"seed {report.seed}:", *report.trace[-LAST_LINES:], ""]))
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
+    if report.violations:
+        tell(report, "tests.chaos.live", a_plan(report.seed).text(), LAST_LINES)
 
 
 if __name__ == "__main__":

@@ -9,21 +9,13 @@ from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 import nats.errors
+from msgspec.structs import replace
 
 from shared import nats_bus, subjects
 from shared.broker import BrokerProcess
 from shared.codec import decode, encode
 from shared.errors import TransientError
-from shared.messages import (
-    Evaluation,
-    JobEnded,
-    JobSpec,
-    Message,
-    Pacing,
-    Refused,
-    SubmitJob,
-    Tuning,
-)
+from shared.messages import JobEnded, Message, Refused, SubmitJob
 from tests.chaos.live.daemons import Daemon, log_tail
 from tests.chaos.live.namespaces import Namespace, Unavailable, a_namespace
 from tests.chaos.live.plan import Blow, Plan
@@ -32,7 +24,7 @@ from tests.chaos.live.verdict import GRACE_S, judged, longest_over_s
 from tests.chaos.live.wire import TROUBLES, Wire
 from tests.chaos.witness import Witness
 from tests.chaos.world import Report
-from tests.support.fleet import Fleet, a_task, rows, write_rows
+from tests.support.fleet import Fleet, a_spec, rows, write_rows
 
 JOB_S = 90.0
 """Within this a job ends, whatever happens to its fleet."""
@@ -170,26 +162,17 @@ class _Schedule:
 
     def _job(self, name: str, rounds: int, deadline_s: float) -> SubmitJob:
         plan, calm = self.plan, name == "calm"
-        enough = len(plan.devices) if calm else plan.enough_devices
-        spec = JobSpec(
-            task=a_task(),
-            tuning=Tuning(
-                how="exact" if calm else plan.how,
-                rounds=rounds,
-                directions=64,
-                batch_rows=1000,
-                normalise="rms",
-                step=0.3,
-                eps=0.05,
-                momentum=plan.momentum,
-            ),
-            pacing=Pacing(
-                enough_devices=enough,
-                enough_probes=64,
-                deadline_s=deadline_s,
-                lateness_rounds=plan.lateness_rounds,
-            ),
-            evaluation=Evaluation(every_rounds=3),
+        usual = a_spec(
+            rounds,
+            how="exact" if calm else plan.how,
+            deadline_s=deadline_s,
+            enough_devices=len(plan.devices) if calm else plan.enough_devices,
+        )
+        spec = replace(
+            usual,
+            tuning=replace(usual.tuning, momentum=plan.momentum),
+            pacing=replace(usual.pacing, lateness_rounds=plan.lateness_rounds),
+            evaluation=replace(usual.evaluation, every_rounds=3),
             snapshot_every=plan.snapshot_every,
         )
         return self.fleet.job(name, spec)
