@@ -146,7 +146,9 @@ def lora_a(seed: int, epoch: int, first_entry: int, count: int) -> NDArray[np.in
 
 
 def _generator(seed: int, round: int, group: int, block: int) -> np.random.Philox:
-    generator = np.random.Philox(key=[seed, (round << 32) | group])
+    # A list would pass through float64 and lose a large key's low bits.
+    key = np.array([seed, (round << 32) | group], np.uint64)
+    generator = np.random.Philox(key=key)
     if block:
         generator.advance(block)
     return generator

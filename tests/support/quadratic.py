@@ -5,6 +5,7 @@ of a batch is least at the mean of its c, and its slope along z is exactly <thet
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +19,12 @@ VOCABULARY = 256
 
 def centre(example: Example, d: int) -> NDArray[np.float64]:
     """What theta a row wants: (d,)."""
-    table = np.random.default_rng(5).normal(0, 0.2, (VOCABULARY, d))
-    return table[example.tokens].sum(axis=0)
+    return _table(d)[example.tokens].sum(axis=0)
+
+
+@cache
+def _table(d: int) -> NDArray[np.float64]:
+    return np.random.default_rng(5).normal(0, 0.2, (VOCABULARY, d))
 
 
 class QuadraticModel(Words):

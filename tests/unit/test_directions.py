@@ -90,3 +90,9 @@ def test_the_fixed_a_lies_in_its_reserved_round() -> None:
     packed = directions.group_bytes(11, directions.A_ROUND, 2, 0, 64)
     assert (directions.lora_a(11, 2, 0, 64) == np.where(packed & 1, 1, -1)).all()
     assert (directions.lora_a(11, 2, 32, 8) == directions.lora_a(11, 2, 0, 64)[32:40]).all()
+
+
+def test_each_epoch_and_each_seed_has_an_a_of_its_own() -> None:
+    first = directions.lora_a(7, 0, 0, 64)
+    assert (directions.lora_a(7, 1, 0, 64) != first).any()
+    assert (directions.lora_a(2**62, 0, 0, 64) != directions.lora_a(2**62 + 1, 0, 0, 64)).any()

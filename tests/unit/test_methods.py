@@ -1,130 +1,30 @@
 """Each paper's method does what its paper says: trajectories against plain numpy on a quadratic."""
 
 import hashlib
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from services.aggregator.methods.fedkseed_pro import LEAST, weighed
 from services.aggregator.methods.fwdllm import cosines
 from services.aggregator.opening import open_job
 from shared import directions
-from shared.codec import encode_manifest
-from shared.engine.job import Job
-from shared.engine.probing import batch, probe
-from shared.engine.protocol import OpenJob, Probe, Walk
-from shared.engine.walking import draws, mini_batches, walk
+from shared.engine.probing import batch
+from shared.engine.walking import draws, mini_batches
 from shared.errors import EngineError, RejectError
 from shared.messages import (
-    Block,
     Importance,
-    JobSpec,
-    Manifest,
-    Pacing,
     ProbeResult,
     RoundClosed,
-    RoundOpened,
-    SubmitJob,
-    SubmitUpdate,
-    Task,
-    Tuning,
-    UpdateKey,
-    Variant,
     WalkResult,
 )
 from shared.messages.jobs import Distribution
-from tests.support.quadratic import QuadraticEngine, centre
+from tests.support.quadratic_fleet import SEED, D, Device, a_submission
 from tests.support.runs import Run, words
-
-D, SEED = 24, 7
-TASK = Task("choices", "{text} is", {"up": " alpha", "down": " beta"})
-PLAIN: dict[str, object] = {"normalise": "none", "how": "probe"}
-
-
-def a_manifest(distribution: Distribution = "gauss8") -> bytes:
-    blocks = [Block("control", "blk.1", [D // 2], layer=1), Block("control", "", [D // 2], layer=2)]
-    variants = [Variant("0" * 64, 1, "quadratic")]
-    return encode_manifest(Manifest(0, "fake", SEED, blocks, variants, D, distribution))
-
-
-def a_submission(method: str, devices: int, probes: int, **tuning: object) -> SubmitJob:
-    spec = JobSpec(
-        task=TASK,
-        tuning=replace(Tuning(method=method), **{**PLAIN, **tuning}),
-        pacing=Pacing(enough_devices=devices, enough_probes=probes),
-    )
-    return SubmitJob(job="demo", spec=replace(spec, evaluation=_NEVER), manifest=a_manifest())
-
-
-_NEVER = replace(JobSpec(task=TASK).evaluation, every_rounds=0)
-
-
-class Device:
-    """The engine's side of a device, in step with a run's log."""
-
-    def __init__(self, name: str, folder: Path, rows: int, manifest: bytes | None = None) -> None:
-        data = folder / f"{name}.jsonl"
-        lines = [{"text": f"word{n} {name}", "label": ["up", "down"][n % 2]} for n in range(rows)]
-        data.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        request = OpenJob(
-            "demo", manifest or a_manifest(), TASK, "q", str(data), str(data), device=name
-        )
-        self.name = name
-        self.job = Job(request, QuadraticEngine())
-        self.followed = 0
-
-    @property
-    def centres(self) -> NDArray[np.float64]:
-        """What each row wants: (rows, D)."""
-        examples = self.job.examples(self.job.rows_of(0))
-        return np.array([centre(example, D) for example in examples])
-
-    def follow(self, run: Run) -> None:
-        for close in run.closes()[self.followed :]:
-            self.job.adapter.apply(close.round, close.commit)
-            assert self.job.adapter.digest() == close.digest
-            self.followed += 1
-
-    def probes(self, opened: RoundOpened, ranges: list[tuple[int, int]]) -> SubmitUpdate:
-        request = Probe(
-            "demo",
-            opened.round,
-            opened.stream_round,
-            opened.how,
-            ranges,
-            opened.eps,
-            opened.batch_rows,
-            opened.scope,
-            opened.digest,
-            opened.batch_round,
-        )
-        return self._update(opened, probe(self.job, request))
-
-    def walks(self, opened: RoundOpened) -> SubmitUpdate:
-        assert opened.walk is not None
-        request = Walk(
-            "demo",
-            opened.round,
-            0,
-            opened.stream_round,
-            opened.directions,
-            opened.walk,
-            opened.eps,
-            opened.batch_rows,
-            opened.scope,
-            opened.digest,
-        )
-        return self._update(opened, walk(self.job, request))
-
-    def _update(self, opened: RoundOpened, result: ProbeResult | WalkResult) -> SubmitUpdate:
-        key = UpdateKey("demo", 0, opened.round, self.name, 0)
-        return SubmitUpdate(key=key, digest=opened.digest, result=result, work_s=0.1)
 
 
 def z(stream_round: int, index: int) -> NDArray[np.float64]:
@@ -528,7 +428,7 @@ def test_numbers_that_a_method_has_no_place_for_are_refused(
     method: str, change: dict[str, object], why: str
 ) -> None:
     with pytest.raises(RejectError, match=why):
-        open_job(a_submission(method, 1, 1, **change))
+        open_job(a_submission(method, 1, 1, None, **change))
 
 
 def test_the_events_say_why_a_round_closed_and_with_what_signal(tmp_path: Path) -> None:
