@@ -24,6 +24,7 @@ async def probe(assigned: WorkAssigned, work: ProbeWork, ask: Ask) -> Measured:
         scope=assigned.scope,
         digest=assigned.digest,
         batch_round=assigned.batch_round,
+        local=work.local,
     )
     probed = await ask(request, Probed)
     directions = sum(count for _, count in work.ranges)

@@ -1,10 +1,20 @@
 """Whether a job can work at all, and the events that begin it."""
 
+from collections.abc import Sequence
+
 from services.aggregator.methods import METHODS
 from shared.adapter import Adapter
 from shared.dataset import check_task
 from shared.errors import EngineError, RejectError
-from shared.messages import EpochOpened, JobOpened, JobSpec, LogEvent, SubmitJob, Task
+from shared.messages import (
+    Block,
+    EpochOpened,
+    JobOpened,
+    JobSpec,
+    LogEvent,
+    SubmitJob,
+    Task,
+)
 
 MAX_EVENT_BYTES = 900_000
 """What the parts of an event that grow with its round may come to; the broker takes 1 MB."""
@@ -33,13 +43,22 @@ def open_job(message: SubmitJob) -> list[LogEvent]:
         raise RejectError("a job begins with epoch 0")
     if (tuning.momentum > 0) != (adapter.manifest.update_rule == "momentum"):
         raise RejectError("momentum and the manifest's update_rule disagree")
-    kinds = {block.kind for block in adapter.manifest.blocks}
-    if tuning.how == "exact" and kinds != {"output_rows"}:
-        raise RejectError("how 'exact' needs an adapter of output rows alone; use how 'probe'")
+    if tuning.how == "exact" and not _may_be_closed(adapter.manifest.blocks):
+        raise RejectError(
+            "how 'exact' needs an adapter of output rows and the last block's LoRA alone; "
+            "use how 'probe'"
+        )
     return [
         JobOpened(job=message.job, spec=message.spec),
         EpochOpened(job=message.job, epoch=0, manifest=message.manifest, digest=adapter.digest()),
     ]
+
+
+def _may_be_closed(blocks: Sequence[Block]) -> bool:
+    """Output rows, and LoRA in a single block; that it is the last, the engines know."""
+    tensors = [block.tensor.split(".")[:2] for block in blocks if block.kind == "lora_b"]
+    one_block = all(where == tensors[0] and where[0] == "blk" for where in tensors)
+    return one_block and all(block.kind in ("lora_b", "output_rows") for block in blocks)
 
 
 def _check_task(task: Task) -> None:

@@ -144,4 +144,5 @@ def round_of(
         deadline_s=min(max(MAX_DEADLINE_S, pacing.deadline_s), patience),
         survivors=plan.survivors if plan else [],
         walk=plan.walk if plan else None,
+        local=plan.local if plan else None,
     )

@@ -109,9 +109,10 @@ def submit_job(
 
     async def command() -> None:
         rows = await located(labels_from, data_set=True) if labels_from else None
-        asked = wanted(given(rows), read_file(spec) if spec else {})
+        flags, file = given(rows), read_file(spec) if spec else {}
+        asked, otherwise = wanted(flags, file), wanted(flags, file, last_block=False)
         path = await located(model, data_set=False)
-        submission = Submission(name, path, asked, not no_upload, url, engine)
+        submission = Submission(name, path, asked, otherwise, not no_upload, url, engine)
         submission.check()
         async with connected(servers) as bus:
             await submit(bus, submission, printer)

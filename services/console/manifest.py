@@ -24,7 +24,10 @@ MAX_PARAMETERS = 2**28
 ATTENTION = (("attn_q", "attn_v"), ("attn_qkv",))
 """What LoRA is put on unless told otherwise; the first that the model has."""
 
-AdapterKind = Literal["output-rows", "lora", "control"]
+LAST_BLOCK = ("attn_q", "attn_k", "attn_v", "attn_output")
+"""What `last-block` tunes unless told otherwise."""
+
+AdapterKind = Literal["last-block", "output-rows", "lora", "control"]
 
 _LAYERS = re.compile(r"^(\d+)(?:-(\d+))?$")
 _BLOCK_TENSOR = re.compile(r"^blk\.(\d+)\.(.+)\.weight$")
@@ -33,8 +36,9 @@ _BLOCK_TENSOR = re.compile(r"^blk\.(\d+)\.(.+)\.weight$")
 class AdapterOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which parameters are tuned."""
 
-    kind: AdapterKind = "output-rows"
+    kind: AdapterKind = "last-block"
     rank: Annotated[int, Meta(ge=1, le=4096)] = 4
+    """Of each LoRA."""
     targets: list[str] = []
     """Matrices of each layer, such as attn_q; empty: attention's."""
     layers: str = "all"
@@ -58,6 +62,8 @@ def manifest(
         Failure: the model cannot carry such an adapter; names what to change.
     """
     match options.kind:
+        case "last-block":
+            blocks = _last_block(facts, options, label_rows(facts, labels))
         case "output-rows":
             blocks = _output_rows(facts, label_rows(facts, labels))
         case "lora":
@@ -106,6 +112,28 @@ def label_rows(facts: Facts, labels: dict[str, str]) -> list[int]:
             )
         seen[token] = word
     return list(seen)
+
+
+def _last_block(facts: Facts, options: AdapterOptions, rows: list[int]) -> list[Block]:
+    """LoRA on the last block's matrices, and the label words' rows where they can be moved."""
+    if not facts.last_block:
+        raise Failure(
+            f"the last block of this {facts.architecture} model has no closed form; use "
+            "--adapter output-rows (with labels), or --adapter lora"
+        )
+    if options.layers not in ("all", str(facts.n_layer - 1)):
+        raise Failure(
+            f"--layers {options.layers}: last-block tunes layer {facts.n_layer - 1} alone; "
+            "use --adapter lora"
+        )
+    last = msgspec.structs.replace(
+        options, layers=str(facts.n_layer - 1), targets=options.targets or list(LAST_BLOCK)
+    )
+    blocks = _lora(facts, last)
+    strange = sorted({block.tensor for block in blocks} - set(facts.last_block))
+    if strange:
+        raise Failure(f"--targets: {strange[0]} has no closed form; use --adapter lora")
+    return blocks if facts.tied or not rows else [*blocks, *_output_rows(facts, rows)]
 
 
 def _output_rows(facts: Facts, rows: list[int]) -> list[Block]:

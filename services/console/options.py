@@ -79,15 +79,19 @@ Url = Annotated[
     typer.Option(help="An HTTPS address where devices find the model.", rich_help_panel=JOB),
 ]
 Adapter = Annotated[
-    Literal["output-rows", "lora", "control"] | None,
+    Literal["last-block", "output-rows", "lora", "control"] | None,
     typer.Option(
-        help="What is tuned: the labels' rows of the output matrix (default with labels; "
-        "learns fastest), low-rank updates of matrices (default without), or a vector added "
-        "after each layer.",
+        help="What is tuned: low-rank updates of the last block's attention, and the labels' rows "
+        "of the output matrix (default where the model has a closed form for it), those rows "
+        "alone (default for other models, with labels), low-rank updates of any matrices (default "
+        "without), or a vector added after each layer.",
         rich_help_panel=ADAPTER,
     ),
 ]
-Rank = Annotated[int | None, typer.Option(min=1, help="LoRA's rank (4).", rich_help_panel=ADAPTER)]
+Rank = Annotated[
+    int | None,
+    typer.Option(min=1, help="LoRA's rank (4; last-block 8).", rich_help_panel=ADAPTER),
+]
 Targets = Annotated[
     str | None,
     typer.Option(
@@ -107,8 +111,8 @@ Layers = Annotated[
 How = Annotated[
     Literal["exact", "probe"] | None,
     typer.Option(
-        help="How slopes are measured: by two forward passes each, or for output-rows in closed "
-        "form from one pass for all (exact for output-rows).",
+        help="How slopes are measured: by two forward passes each, or in closed form from one pass "
+        "for all (exact for last-block and output-rows).",
         rich_help_panel=METHOD,
     ),
 ]
@@ -124,7 +128,10 @@ Method = Annotated[
 LocalSteps = Annotated[
     int | None,
     typer.Option(
-        min=1, help="fedkseed: steps that a device walks in a round (200).", rich_help_panel=METHOD
+        min=0,
+        help="Steps that a device takes by itself in a round: with last-block, in closed form "
+        "(16; 0: it sends its gradient), with fedkseed along directions of the pool (200).",
+        rich_help_panel=METHOD,
     ),
 ]
 Pool = Annotated[

@@ -29,6 +29,8 @@ class Submission:
     job: str
     model: Path
     wanted: Wanted
+    otherwise: Wanted
+    """What is asked for where the model's last block has no closed form."""
     upload: bool = True
     url: str | None = None
     engine: Literal["llama", "fake"] = "llama"
@@ -65,20 +67,19 @@ async def submit(bus: Link, submission: Submission, printer: Printer) -> None:
     """
     await ask(bus, subjects.JOB_LIST, ListJobs(), JobsListed)  # it is there, and so is the store
     facts = await inspect(submission)
-    task = submission.wanted.spec.task
+    asked = submission.wanted if facts.last_block else submission.otherwise
+    task = asked.spec.task
     ref = await digest(submission.model, printer.bars)
     variant = Variant(ref.digest, ref.size_bytes, submission.model.name[:200], submission.url)
     made = manifest(
         facts,
-        submission.wanted.adapter,
+        asked.adapter,
         labels=task.labels,
         variant=variant,
         seed=secrets.randbits(63),
-        momentum=submission.wanted.spec.tuning.momentum > 0,
+        momentum=asked.spec.tuning.momentum > 0,
     )
-    request = SubmitJob(
-        job=submission.job, spec=submission.wanted.spec, manifest=encode_manifest(made)
-    )
+    request = SubmitJob(job=submission.job, spec=asked.spec, manifest=encode_manifest(made))
     if len(encode(request)) > MAX_MESSAGE_BYTES:
         raise Failure("the job's settings are too large: fewer allow_devices or labels")
     if submission.upload:

@@ -73,7 +73,7 @@ class Job:
                 self._reported(fact)
             case Selection():
                 if self.open is not None and self.open.opened.round == fact.round:
-                    self.open.selected(fact)
+                    self.open.selected(fact, self.paces)
             case _:
                 pass
 
@@ -84,6 +84,8 @@ class Job:
 
     def _close(self) -> None:
         if self.open is not None:
+            if self.open.opened.kind == "tune":
+                self.paces.fade(self._late(self.open) - self.open.chosen.keys())
             self._closed[self.open.opened.round] = self.open
             for number in sorted(self._closed)[:-REMEMBERED_ROUNDS]:
                 del self._closed[number]
@@ -164,26 +166,21 @@ class Job:
         probers, wanted = dict[str, float](), 0
         if opened.opened.kind == "tune" and wave == OPENING:
             able = {each.name for each in live if self._probes(each, opened)}
-            ranked = self.bandit.ranked(able | self._unreported(devices), tie)
-            probers, wanted = self._best(opened, ranked)
-        elif opened.opened.kind == "tune" and wave == REPLACEMENTS:
-            able = {
-                each.name
-                for each in live
-                if self._probes(each, opened)
-                and not each.works(now)
-                and each.name not in opened.chosen
-            }
-            probers = dict(islice(self.bandit.ranked(able, tie), opened.missing))
+            able |= self._unreported(devices)
+            late = self._late(opened) & able
+            ranked = self.bandit.ranked(able - late, tie)
+            probers, wanted = self._best(opened, ranked, self.bandit.ranked(late, tie))
         elif opened.opened.kind == "tune":
-            able = {
-                each.name for each in live if self._probes(each, opened) and not each.works(now)
-            }
+            idle = {each.name for each in live if self._probes(each, opened)}
+            idle -= {each.name for each in live if each.works(now)}
+            if wave == REPLACEMENTS:
+                idle -= opened.chosen.keys()
             # Those who have done a part already are asked last, if they can add anything.
-            ranked = self.bandit.ranked(able - opened.hands.keys(), tie)
+            ranked = self.bandit.ranked(idle - opened.hands.keys(), tie)
             if opened.once is None:
-                ranked = chain(ranked, self.bandit.ranked(able & opened.hands.keys(), tie))
-            probers = dict(islice(ranked, max(1, opened.wanted - len(opened.delivered))))
+                ranked = chain(ranked, self.bandit.ranked(idle & opened.hands.keys(), tie))
+            lacking = max(1, opened.wanted - len(opened.delivered))
+            probers = dict(islice(ranked, opened.missing if wave == REPLACEMENTS else lacking))
         evaluators = self._evaluators(opened, live, wave)
         return Selection(self.name, opened.opened.round, wave, probers, evaluators, wanted)
 
@@ -192,6 +189,10 @@ class Job:
     @property
     def _exact(self) -> bool:
         return self.spec.tuning.how == "exact"
+
+    def _late(self, opened: OpenRound) -> set[str]:
+        """Who finishes not even the smallest part in time."""
+        return self.paces.slower_than(opened.opened.deadline_s / opened.least_units)
 
     def _probes(self, device: Device, opened: OpenRound) -> bool:
         report = device.report
@@ -207,24 +208,30 @@ class Job:
         return recent - {each.name for each in devices}
 
     def _best(
-        self, opened: OpenRound, ranked: Iterator[tuple[str, float]]
+        self,
+        opened: OpenRound,
+        ranked: Iterator[tuple[str, float]],
+        late: Iterator[tuple[str, float]],
     ) -> tuple[dict[str, float], int]:
         """The first devices that deliver what the round needs, over-selection included.
 
-        And how many these should be; there may be fewer.
+        More of them, as long as each has probes that are worth its while; the `late`, which finish
+        nothing in time, only if the others are too few. And how many these should be; there may be
+        fewer.
         """
         needed = opened.opened
         best: dict[str, float] = {}
         probes = 0
         while len(best) < needed.enough_devices or probes < needed.enough_probes:
-            name, index = next(ranked, ("", 0.0))
+            name, index = next(ranked, None) or next(late, ("", 0.0))
             if not name:
                 break
             best[name] = index
             probes += self._capacity(opened, name)
         wanted = ceil(needed.over_selection * max(len(best), needed.enough_devices))
-        best.update(islice(ranked, wanted - len(best)))
-        return best, wanted
+        most = 0 if opened.once is not None else opened.goal // cost_model.WORTHWHILE_PROBES
+        best.update(islice(ranked, max(wanted, most, len(best)) - len(best)))
+        return best, max(wanted, len(best))
 
     def _capacity(self, opened: OpenRound, name: str) -> int:
         if opened.once is not None:

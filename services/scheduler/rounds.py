@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from math import ceil
 
 from services.scheduler import cost_model
+from services.scheduler.cost_model import Paces, Rates
 from services.scheduler.dealing import deal, left_out, width
 from services.scheduler.offers import Offer, Selection
 from shared.messages import (
@@ -37,7 +38,7 @@ class Hand:
     """The last part that is known."""
     ranges: list[Range] = field(default_factory=list[Range])
     newest: list[Range] = field(default_factory=list[Range])
-    """Those of the last part."""
+    """Those of the part that it holds."""
     probing: bool = False
     evaluating: bool = False
     declined: set[str] = field(default_factory=set[str])
@@ -56,7 +57,8 @@ class OpenRound:
         self.wanted = ceil(opened.over_selection * opened.enough_devices)
         self.goal = ceil(opened.over_selection * opened.enough_probes)
         self.share = self._share(self.goal, self.wanted)
-        """How many probes a device is given at once."""
+        """How many probes a device of the mean speed is given at once."""
+        self._rates = Rates()
         self.assigned = 0
         """Probes given out and not known to be lost."""
         self.folded = 0
@@ -75,7 +77,7 @@ class OpenRound:
 
     # ---- evolve
 
-    def selected(self, selection: Selection) -> None:
+    def selected(self, selection: Selection, paces: Paces) -> None:
         """These devices are called. The second wave writes off what is in the first one's hands."""
         self.wave = selection.wave
         self.chosen.update(selection.probers)
@@ -85,10 +87,12 @@ class OpenRound:
         if selection.wave == OPENING:
             self.wanted = selection.wanted
             self.share = self._share(self.goal, self.wanted)
+            self._rates = Rates.of(selection.probers, paces)
         elif selection.wave == SECOND:
             self.assigned = self.folded
             self._pending.clear()
             self.share = self._share(self.goal - self.folded, len(selection.probers))
+            self._rates = Rates.of(selection.probers, paces)
 
     def given(self, assigned: WorkAssigned) -> None:
         """A piece of work has gone out."""
@@ -107,10 +111,12 @@ class OpenRound:
         first, last_count = ranges[-1]
         self._position = (first + last_count) % max(1, self.opened.directions)
 
-    def asked(self, device: str) -> None:
-        """The device has come for work."""
+    def asked(self, device: str, unit_s: float | None) -> None:
+        """The device, which takes `unit_s` a probe if that is known, has come for work."""
         if device in self.chosen:
             self.came.add(device)
+            if unit_s is not None:
+                self._rates.learn(device, unit_s)
 
     def returned(self, device: str, *, lost: bool) -> None:
         """The device's hand is free again; `lost`: it never did what it was last given.
@@ -120,11 +126,13 @@ class OpenRound:
         """
         count = self._pending.pop(device, 0)
         hand = self.hands.get(device)
-        if not lost or hand is None:
+        if hand is None:
+            return
+        newest, hand.newest = hand.newest, []
+        if not lost:
             return
         self.assigned -= count
-        hand.ranges = [each for each in hand.ranges if each not in hand.newest]
-        hand.newest = []
+        hand.ranges = [each for each in hand.ranges if each not in newest]
         if device not in self.delivered:
             self._probing -= hand.probing
             hand.probing = False
@@ -190,6 +198,11 @@ class OpenRound:
         return self.opened.directions if self.opened.how == "exact" else None
 
     @property
+    def least_units(self) -> int:
+        """How many units of work the smallest part has: a walk is walked whole."""
+        return self.opened.walk.steps if self.opened.walk else 1
+
+    @property
     def pool(self) -> int:
         """How many directions are worth measuring."""
         return width(self.opened.survivors) or self.opened.directions
@@ -238,19 +251,24 @@ class OpenRound:
             return f"it could not do the work of {where}"
         if not hand.probing and device not in self.chosen and not self._has_room(now):
             return f"{where} has enough devices"
-        if hand.probing and self.assigned >= self.goal:
-            return f"{where} has given out as many probes as it needs"
         why = self._why(device, hand)
         if self.once is not None:
             return self._all_directions(hand, unit_s, now, why)
+        free = self.goal - self.assigned
+        if hand.probing and free <= 0:
+            return f"{where} has given out as many probes as it needs"
         left = self.remaining_s(now)
         if left <= 0:
             return f"{where} is at its deadline"
         fit = cost_model.fitting(left, unit_s)
-        if not fit and left < opened.deadline_s / 2:
+        late = unit_s is not None and unit_s > left and device not in self.chosen
+        if not fit and (late or left < opened.deadline_s / 2):
             return f"a probe takes it {unit_s or 0:.3g} s and {where} ends in {left:.3g} s"
-        lacking = self.goal - self.assigned if hand.probing else self.share
-        count = min(self.share, lacking, max(1, fit))
+        # Parts double, lest one that boasts of its speed leave the others nothing but small ones.
+        share = max(self._rates.share(self.share, unit_s), width(hand.ranges))
+        # No part is more than the round can lose, unless an equal share is.
+        share = min(share, max(self.share, self._spare))
+        count = min(share, free if hand.probing else share, max(1, fit))
         own = hand.ranges + self._left_out
         ranges = deal(self._position, count, opened.directions, own)
         if not ranges:
@@ -268,14 +286,16 @@ class OpenRound:
         if hand.probing:
             done = "walked" if opened.walk else "measured every direction of"
             return f"it has {done} round {opened.round}"
-        needed_s = (unit_s or 0.0) * (opened.walk.steps if opened.walk else 1)
+        needed_s = (unit_s or 0.0) * self.least_units
         if left < opened.deadline_s / 2 and needed_s > left:
             return f"it needs {needed_s:.3g} s and round {opened.round} ends in {left:.3g} s"
         if opened.walk is not None:
             walk = WalkWork(opened.directions, opened.walk)
             return Offer(walk, f"{why}; a walk of {opened.walk.steps} steps, {left:.3g} s left")
         ranges: list[Range] = [(0, opened.directions)]
-        return Offer(ProbeWork("exact", ranges), f"{why}; all directions, {left:.3g} s left")
+        return Offer(
+            ProbeWork("exact", ranges, opened.local), f"{why}; all directions, {left:.3g} s left"
+        )
 
     def _share(self, probes: int, devices: int) -> int:
         return self.once or max(1, ceil(probes / max(1, devices)))
@@ -286,6 +306,11 @@ class OpenRound:
         if device in self.chosen:
             return f"one of {len(self.chosen)} called, wave {self.wave}"
         return "came while the round has room"
+
+    @property
+    def _spare(self) -> int:
+        """How many of its probes the round can do without."""
+        return self.goal - self.opened.enough_probes
 
     def _holds(self, now: float) -> bool:
         return self.wave == OPENING and now < self.opened_at + self._grace_s

@@ -10,7 +10,7 @@ from shared import subjects
 from shared.bus import Bus, Delivery, Streams
 from shared.clock import Clock
 from shared.codec import check_sender, decode, encode
-from shared.log import ensure_streams, follow_all, follow_detail, patiently, read_patiently
+from shared.log import ensure_streams, follow_all, follow_detail, read_patiently
 from shared.logs import get
 from shared.messages import (
     ComeBack,
@@ -25,6 +25,7 @@ from shared.messages import (
     WakeUp,
 )
 from shared.metrics import Counters
+from shared.patience import patiently
 from shared.runtime import Stop, settle
 from shared.service import flushed, report_counters
 

@@ -150,7 +150,7 @@ class State:
         device.kinds = frozenset(request.kinds)
         for job in self.jobs.values():
             if job.open is not None:
-                job.open.asked(device.name)
+                job.open.asked(device.name, job.paces.get(device.name))
         if key is not None and (worked := self._round_of(key)) is not None:
             worked.returned(device.name, lost=request.last != key or bool(request.declined))
         last = request.last

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from shared.engine import scoring
 from shared.engine.examples import first_tokens
+from shared.engine.last_block import BlockSites, LastBlock
 from shared.engine.model import Adaptation, Example, Losses, Sites
 from shared.engine.protocol import Facts
 from shared.errors import EngineError
@@ -168,6 +169,16 @@ class FakeModel(Words):
             target_logit=logits[np.arange(len(logits)), targets],
         )
         return list(scoring.split(whole, [len(example.targets) for example in examples]))
+
+    @property
+    def last_block_tensors(self) -> set[str]:
+        return set()
+
+    def last_block(self) -> LastBlock:
+        raise EngineError("the fake model has no last block; use how: probe")
+
+    def block_sites(self, examples: Sequence[Example], block: LastBlock) -> list[BlockSites]:
+        raise EngineError("the fake model has no last block; use how: probe")
 
     def close(self) -> None:
         """Nothing is held."""

@@ -30,7 +30,7 @@ _WRITTEN = {np.dtype(np.float32): 0, np.dtype(np.float16): 1}
 _SINGLE = {0: 4, 1: 2, 30: 2}
 _SMALL = {2: 18, 3: 20, 6: 22, 7: 24, 8: 34, 20: 18}
 _LARGE = {10: 84, 11: 110, 12: 144, 13: 176, 14: 210, 23: 136}
-_BLOCKS = {
+BLOCKS = {
     kind: (weights, size)
     for weights, sizes in ((1, _SINGLE), (32, _SMALL), (256, _LARGE))
     for kind, size in sizes.items()
@@ -55,6 +55,8 @@ class Header:
     """Each tensor's shape in ggml's order: (d_in, d_out) for a matrix."""
     types: dict[str, str] = field(default_factory=dict[str, str])
     """Each tensor's type, such as Q8_0."""
+    places: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
+    """Each tensor's type as ggml numbers it, and where its bytes begin in the file."""
 
     @property
     def architecture(self) -> str:
@@ -128,6 +130,7 @@ class _Reader:
             metadata[name] = self._value(self._number("<I"))
         tensors: dict[str, tuple[int, ...]] = {}
         types: dict[str, str] = {}
+        offsets: dict[str, tuple[int, int]] = {}
         end = 0
         for _ in range(tensor_count):
             name = self._string()
@@ -137,7 +140,8 @@ class _Reader:
             shape = tuple(self._number("<Q") for _ in range(dimensions))
             kind, offset = self._number("<I"), self._number("<Q")
             tensors[name], types[name] = shape, _NAMES.get(kind, f"type {kind}")
-            weights, size = _BLOCKS.get(kind, (1, 0))
+            offsets[name] = (kind, offset)
+            weights, size = BLOCKS.get(kind, (1, 0))
             end = max(end, offset + math.prod(shape) // weights * size)
         alignment = metadata.get("general.alignment", _ALIGNMENT)
         if not isinstance(alignment, int) or not 0 < alignment <= _LARGEST_ALIGNMENT:
@@ -148,7 +152,8 @@ class _Reader:
                 f"{self._path}: cut short: {len(self._data)} of at least {start + end} bytes; "
                 "fetch the file again"
             )
-        return Header(metadata, tensors, types)
+        places = {name: (kind, start + offset) for name, (kind, offset) in offsets.items()}
+        return Header(metadata, tensors, types, places)
 
     def _number(self, code: str) -> int:
         (value,) = struct.unpack_from(code, self._data, self._at)

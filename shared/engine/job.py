@@ -8,10 +8,11 @@ from numpy.typing import NDArray
 
 from shared.adapter import Adapter
 from shared.dataset import REFUSED_SHOWN, Dataset, Row, Turn, check_task
-from shared.engine import last_layer
+from shared.engine.closed_form import ClosedForm, Kept, closed_form
 from shared.engine.examples import choice_tokens, example, messages
-from shared.engine.model import Adaptation, Engine, Example, Losses, Sites
+from shared.engine.model import Adaptation, Engine, Example, Losses
 from shared.engine.protocol import Held, Opened, OpenJob, Standing
+from shared.engine.site_cache import SiteCache
 from shared.errors import EngineError
 
 Rows = Sequence[Row | Turn]
@@ -43,7 +44,6 @@ class Job:
         rows = adaptation.output_rows
         if len(np.unique(rows)) != len(rows):
             raise EngineError("manifest: an output row stands in two blocks; name each row once")
-        self.has_output_rows = bool(len(rows))
         task = request.task
         self.model = engine.open(request.model, adaptation, request.threads, task.max_tokens)
         try:
@@ -54,7 +54,13 @@ class Job:
             self.model.close()
             raise
         self.model.choose_among(choices)
-        self._cache = last_layer.SiteCache()
+        self.closed: ClosedForm | None = None
+        self.no_closed_form = "there is none for these blocks; use how: probe"
+        try:
+            self.closed = closed_form(self.model, adaptation)
+        except EngineError as error:  # probes can do without
+            self.no_closed_form = str(error)
+        self._cache = SiteCache()
         self._base: tuple[object, Losses] | None = None
         self._round: tuple[int, Rows] | None = None
 
@@ -129,19 +135,19 @@ class Job:
             self._base = (key, self.model.measure(examples))
         return self._base[1]
 
-    def sites(self, rows: Rows) -> list[Sites]:
-        """The last layer's sites of rows; only what is not kept is sent forward.
+    def sites(self, closed: ClosedForm, rows: Rows) -> list[Kept]:
+        """The sites of rows; only what is not kept is sent forward.
 
         Kept by what a row says, so that data which grows or is read anew costs only what is new.
         """
-        deep, stamp = self._deeper()
+        deep, stamp = self._deeper(closed)
         self._cache.stand(stamp)
         found = {row: self._cache.get(row) for row in rows}
         missing = [row for row, sites in found.items() if sites is None]
         for low in range(0, len(missing), _CHUNK_ROWS):
             chunk = missing[low : low + _CHUNK_ROWS]
             self.model.stand(deep)
-            measured = self.model.sites(self.examples(chunk))
+            measured = closed.sites(self.examples(chunk))
             for row, sites in zip(chunk, measured, strict=True):
                 found[row] = sites
                 self._cache.put(row, sites)
@@ -152,8 +158,9 @@ class Job:
         chunks: list[Losses] = []
         for low in range(0, len(rows), _CHUNK_ROWS):
             chunk = rows[low : low + _CHUNK_ROWS]
-            if self.has_output_rows:
-                chunks.append(last_layer.losses(self.sites(chunk), self.deltas()))
+            if self.closed is not None:
+                sites = self.sites(self.closed, chunk)
+                chunks.append(self.closed.losses(sites, self.adapter.values()))
             else:
                 self.model.stand(self.adapter.values())
                 chunks.append(self.model.measure(self.examples(chunk)))
@@ -163,25 +170,12 @@ class Job:
             np.concatenate([chunk.right for chunk in chunks]),
         )
 
-    def deltas(self) -> NDArray[np.float64]:
-        """The output rows' part of theta, in the order of their blocks: (r, n_embd) float64."""
+    def _deeper(self, closed: ClosedForm) -> tuple[NDArray[np.float32], bytes]:
+        """Theta with the blocks of the closed form at zero, and a stamp of it."""
         values = self.adapter.values()
         offsets = self.layout.offsets
-        return np.concatenate(
-            [
-                values[offsets[number] : offsets[number + 1]].reshape(block.shape)
-                for number, block in enumerate(self.adapter.manifest.blocks)
-                if block.kind == "output_rows"
-            ]
-        ).astype(np.float64)
-
-    def _deeper(self) -> tuple[NDArray[np.float32], bytes]:
-        """Theta with its output rows at zero, and a stamp of it."""
-        values = self.adapter.values()
-        offsets = self.layout.offsets
-        for number, block in enumerate(self.adapter.manifest.blocks):
-            if block.kind == "output_rows":
-                values[offsets[number] : offsets[number + 1]] = 0.0
+        for number in closed.numbers:
+            values[offsets[number] : offsets[number + 1]] = 0.0
         return values, hashlib.sha256(values.data).digest()
 
     def _read(self, path: str) -> Dataset | None:

@@ -3,48 +3,14 @@
 A site is a position where a token is predicted: with h its hidden state, u its base logits of the
 adapted rows and D the rows' deltas, the adapted logits are u + D h, all others stay, and
 loss = log-sum-exp - target logit; its gradient with respect to D is (softmax - one-hot) h^T.
-
-Sites depend on nothing that output rows change, so they are kept per row of data.
 """
 
-from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shared.engine.model import Losses, Sites
-
-CACHE_BYTES = 64 * 2**20
-
-
-class SiteCache:
-    """Sites by row of data, the least recently used dropped beyond `limit_bytes`."""
-
-    def __init__(self, limit_bytes: int = CACHE_BYTES) -> None:
-        self._limit_bytes = limit_bytes
-        self._size_bytes = 0
-        self._stamp = b""
-        self._kept: OrderedDict[Hashable, Sites] = OrderedDict()
-
-    def stand(self, stamp: bytes) -> None:
-        """Forget everything unless it was measured at the same `stamp` of the deeper parameters."""
-        if stamp != self._stamp:
-            self._kept.clear()
-            self._size_bytes = 0
-            self._stamp = stamp
-
-    def get(self, key: Hashable) -> Sites | None:
-        if key in self._kept:
-            self._kept.move_to_end(key)
-        return self._kept.get(key)
-
-    def put(self, key: Hashable, sites: Sites) -> None:
-        self._kept[key] = sites
-        self._size_bytes += sites.size_bytes
-        while self._size_bytes > self._limit_bytes:
-            _, dropped = self._kept.popitem(last=False)
-            self._size_bytes -= dropped.size_bytes
 
 
 def losses(examples: Sequence[Sites], deltas: NDArray[np.float64]) -> Losses:

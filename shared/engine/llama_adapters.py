@@ -12,12 +12,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.engine.adapter_tensors import LoraTensors, control_vectors, numbers
+from shared.engine.adapter_tensors import LoraTensors, Matrix, control_vectors, numbers
 from shared.engine.fitting import OUTPUT
 from shared.engine.gguf_file import Header, LoraFile
 from shared.engine.model import Adaptation
-from shared.engine.native import native, pointer, reason
+from shared.engine.native import native, pointer, reason, wide_vectors
 from shared.errors import EngineError
+
+_WIDE = 16
+"""With AVX-512 llama.cpp multiplies F32 matrices fast if the inner dimension is a multiple of it.
+
+Rank 8 with zeros up to 16, CPU time: llama-3m 0.96, a 118 MB model 0.98.
+"""
 
 
 class Lora:
@@ -31,6 +37,7 @@ class Lora:
         self._tensors = LoraTensors(header, blocks, rows=not tied)
         self._fixed_rows = numbers(blocks, "output_rows") if tied else []
         self._architecture = header.architecture
+        self._wide = wide_vectors()
         self._file: LoraFile | None = None
         self._loaded: Any = None
 
@@ -41,15 +48,30 @@ class Lora:
                 "the model ties its output to its embeddings, so llama.cpp cannot probe output "
                 f"rows; use how: exact, or a GGUF with its own {OUTPUT}"
             )
-        moving = self._tensors.moving(values)
+        moving = self._filled(self._tensors.moving(values))
         if self._loaded is None and not any(matrix.any() for _, matrix in moving):
             return
         if self._file is None:
-            self._file = LoraFile(self._architecture, [*self._tensors.fixed(), *moving])
+            self._file = LoraFile(
+                self._architecture, [*self._filled(self._tensors.fixed()), *moving]
+            )
         else:
             for name, matrix in moving:
                 self._file.write(name, matrix)
         self._load(self._file.path)
+
+    def _filled(self, matrices: list[Matrix]) -> list[Matrix]:
+        """The same with zeros up to a rank that is multiplied fast."""
+        if not self._wide:
+            return matrices
+        filled: list[Matrix] = []
+        for name, matrix in matrices:
+            axis = 0 if name.endswith(".lora_a") else 1
+            more = [(0, 0), (0, 0)]
+            if not name.startswith(OUTPUT):  # a whole vocabulary of zeros is no gain
+                more[axis] = (0, -matrix.shape[axis] % _WIDE)
+            filled.append((name, np.pad(matrix, more)))
+        return filled
 
     def close(self) -> None:
         self._unload()

@@ -19,6 +19,7 @@ from shared.messages.jobs import Block
 
 if TYPE_CHECKING:
     from shared.engine.chat import ChatTemplate  # Jinja, which only conversations need
+    from shared.engine.last_block import BlockSites, LastBlock
 
 TEMPLATE_EDGE = "\n"
 """Stands for the text before a word where the template ends with `{text}` itself."""
@@ -135,6 +136,29 @@ class Model(Tokenizer, Protocol):
         """One forward pass over `examples`, read before the output rows.
 
         The output rows must stand at zero.
+
+        Raises:
+            EngineError: the engine failed.
+        """
+        ...
+
+    @property
+    def last_block_tensors(self) -> set[str]:
+        """The matrices of its last block for which there is a closed form."""
+        ...
+
+    def last_block(self) -> "LastBlock":
+        """Its last block, with the manifest's blocks that lie in it; after `choose_among`.
+
+        Raises:
+            EngineError: there is no closed form for it; names the mend.
+        """
+        ...
+
+    def block_sites(self, examples: Sequence[Example], block: "LastBlock") -> list["BlockSites"]:
+        """One forward pass over `examples`, read before the last block.
+
+        The blocks in it must stand at zero.
 
         Raises:
             EngineError: the engine failed.

@@ -7,6 +7,7 @@ import ctypes
 from collections import deque
 from typing import Any
 
+import numpy as np
 from llama_cpp import _ggml
 from llama_cpp import llama_cpp as typed
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ native: Any = typed
 """Handles are opaque pointers, which llama_cpp's annotations call now int, now None."""
 
 _ERROR_LEVEL = 4
-_MMAP_THRESHOLD = -3
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
 _said: deque[str] = deque(maxlen=3)
 """The last errors that llama.cpp logged."""
@@ -36,6 +37,11 @@ def start() -> None:
     _hold_the_heap()
     native.llama_log_set(_ear, ctypes.c_void_p(0))
     native.llama_backend_init()
+
+
+def wide_vectors() -> bool:
+    """Whether llama.cpp computes with AVX-512 here."""
+    return b"AVX512 = 1" in native.llama_print_system_info()
 
 
 def load(path: str, *, vocabulary_only: bool = False) -> Any:
@@ -59,10 +65,12 @@ def _hold_the_heap() -> None:
 
     Each new adapter makes llama.cpp plan its graphs anew; with glibc's default, which raises its
     threshold as it goes, the heap grew by 40 MB in a thousand reloads, and not at all like this.
+    Smaller blocks stay: faulting them in again took 6 % of a small model's pass.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        libc.mallopt(_MMAP_THRESHOLD, 1 << 20)
+        libc.mallopt(_MMAP_THRESHOLD, 8 << 20)
+        libc.mallopt(_TRIM_THRESHOLD, 16 << 20)
 
 
 def reason() -> str:
@@ -84,3 +92,39 @@ tensor_bytes.argtypes, tensor_bytes.restype = [ctypes.c_void_p], ctypes.c_size_t
 read_tensor: Any = _ggml.libggml.ggml_backend_tensor_get
 read_tensor.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
 read_tensor.restype = None
+
+_row_bytes: Any = _ggml.libggml.ggml_row_size
+_row_bytes.argtypes, _row_bytes.restype = [ctypes.c_int, ctypes.c_int64], ctypes.c_size_t
+
+
+class _Traits(ctypes.Structure):
+    """ggml.h: struct ggml_type_traits."""
+
+    _fields_ = [
+        ("type_name", ctypes.c_char_p),
+        ("blck_size", ctypes.c_int64),
+        ("blck_size_interleave", ctypes.c_int64),
+        ("type_size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
+    ]
+
+
+_traits: Any = _ggml.libggml.ggml_get_type_traits
+_traits.argtypes, _traits.restype = [ctypes.c_int], ctypes.POINTER(_Traits)
+_F32 = 0
+
+
+def row_bytes(kind: int, width: int) -> int:
+    """Bytes of `width` weights of ggml's type `kind`."""
+    return int(_row_bytes(kind, width))
+
+
+def as_floats(data: memoryview, kind: int, count: int) -> NDArray[np.float32]:
+    """`count` weights of ggml's type `kind` that `data` holds, (count,) float32."""
+    raw = np.frombuffer(data, np.uint8)
+    if kind == _F32:
+        return raw.view(np.float32)[:count].copy()
+    found = np.empty(count, np.float32)
+    _traits(kind).contents.to_float(raw.ctypes.data, found.ctypes.data, count)
+    return found

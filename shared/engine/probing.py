@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from shared import directions
 from shared.dataset import Row, Turn
-from shared.engine import last_layer
+from shared.engine.descending import descended
 from shared.engine.job import Job
 from shared.engine.model import Losses
 from shared.engine.protocol import Probe
@@ -122,21 +122,32 @@ def _probe(
 
 
 def _exact(job: Job, request: Probe, rows: list[Row | Turn]) -> tuple[Losses, NDArray[np.float64]]:
-    """Base losses, and 2 eps <gradient, z_j> in 2^-20 nat, (n,) float64."""
+    """Base losses, and 2 eps <gradient, z_j> in 2^-20 nat, (n,) float64.
+
+    With local steps, what the device would move by stands for the gradient: their sum, times the
+    weight that the aggregator divides by.
+    """
     manifest = job.adapter.manifest
     start, count = job.layout.span(request.scope)
     first, blocks = request.scope
-    if not all(block.kind == "output_rows" for block in manifest.blocks[first : first + blocks]):
-        raise EngineError("how: exact needs a scope of output_rows blocks alone; use how: probe")
-    sites, deltas = job.sites(rows), job.deltas()
-    base = _finite(last_layer.losses(sites, deltas))
-    gradient = last_layer.gradient(sites, deltas).ravel()
-    before = sum(
-        job.layout.offsets[number + 1] - job.layout.offsets[number]
-        for number, block in enumerate(manifest.blocks[:first])
-        if block.kind == "output_rows"
-    )
-    slopes = gradient[before : before + count] * job.layout.magnitudes[start : start + count]
+    closed = job.closed
+    if closed is None:
+        raise EngineError(f"how: exact needs a closed form: {job.no_closed_form}")
+    if not set(range(first, first + blocks)) <= set(closed.numbers):
+        raise EngineError("how: exact needs a scope of blocks in closed form alone; use how: probe")
+    sites = job.sites(closed, rows)
+    if request.local is None:
+        base, gradient = closed.gradient(sites, job.adapter.values())
+    else:
+        base = closed.losses(sites, job.adapter.values())
+        moved = descended(job, request, request.local, sites)
+        gradient = -moved * int(base.weight.sum())
+    _finite(base)
+    slopes = gradient[start : start + count]
+    if request.local is None:
+        slopes = slopes * job.layout.magnitudes[start : start + count]
+    else:
+        slopes = slopes / job.layout.magnitudes[start : start + count]
     products = directions.dots(
         manifest.seed, request.stream_round, request.ranges, slopes, start, manifest.distribution
     )

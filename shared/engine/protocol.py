@@ -9,7 +9,15 @@ from typing import Annotated, Protocol
 import msgspec
 from msgspec import Meta
 
-from shared.messages import Commit, EvaluateResult, ProbeResult, Ranges, Task, WalkResult
+from shared.messages import (
+    Commit,
+    EvaluateResult,
+    LocalSteps,
+    ProbeResult,
+    Ranges,
+    Task,
+    WalkResult,
+)
 from shared.messages import Walk as Walking
 from shared.messages.jobs import How
 
@@ -78,6 +86,7 @@ class Probe(Request, frozen=True):
     digest: str
     batch_round: int = 0
     """Whose mini-batch it is: 0, that of `round`."""
+    local: LocalSteps | None = None
 
 
 class Walk(Request, frozen=True):
@@ -125,6 +134,8 @@ class Facts(Answer, frozen=True):
     tokens: list[int]
     """First token of each word asked for."""
     parameters: int = 0
+    last_block: list[str] = []
+    """The matrices of the last block, if there is a closed form for it."""
 
 
 class Held(Answer, frozen=True):

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from shared.engine.model import Sites
 
-_CHUNK_ENTRIES = 1 << 20
+_CHUNK_ENTRIES = 1 << 17
+"""Below the size from which the heap gives a block back, to be faulted in again page by page."""
 
 Logits = NDArray[np.float32]
 

@@ -7,13 +7,10 @@ Differs in: draws and batches follow from a key, so that a walk can be repeated;
 to what is reported before the step is taken, so that server and device move by the same numbers.
 """
 
-import hashlib
-from collections.abc import Iterator
-
 import numpy as np
-from numpy.typing import NDArray
 
 from shared import directions
+from shared.engine.drawing import draws, generator, mini_batches
 from shared.engine.job import Job, Rows
 from shared.engine.probing import NAT
 from shared.engine.protocol import Walk
@@ -32,9 +29,11 @@ def walk(job: Job, request: Walk) -> WalkResult:
     """
     job.require(request.digest)
     held = job.rows_of(request.round)
-    drawing = _generator(job, request, "directions")
+    drawing = generator(job, request.round, request.part, "directions")
     drawn = draws(drawing, request.directions, request.walk.weights, request.walk.steps)
-    batches = mini_batches(_generator(job, request, "rows"), len(held), request.batch_rows)
+    batches = mini_batches(
+        generator(job, request.round, request.part, "rows"), len(held), request.batch_rows
+    )
     steps = _Steps(job, request)
     for index in drawn.tolist():
         steps.take(index, [held[number] for number in next(batches)])
@@ -43,39 +42,6 @@ def walk(job: Job, request: Walk) -> WalkResult:
             "no step of the walk had a finite loss; the adapter has diverged: lower the job's step"
         )
     return steps.result(min(len(held), MAX_SHARE))
-
-
-def draws(
-    generator: np.random.Philox, directions: int, weights: bytes, steps: int
-) -> NDArray[np.int64]:
-    """The directions of a walk's steps: (steps,) int64 in [0, directions).
-
-    Direction k comes with probability weights[k] / sum(weights), <u2; without weights, all alike:
-    the first whose weights up to it sum to more than word % sum(weights).
-
-    Raises:
-        EngineError: there are not as many weights as directions, or all are 0.
-    """
-    likely = np.frombuffer(weights, "<u2") if weights else np.ones(directions, np.uint16)
-    upto = np.cumsum(likely, dtype=np.uint64)
-    if len(likely) != directions or not directions or not upto[-1]:
-        raise EngineError(f"{len(likely)} weights for a pool of {directions} directions")
-    words = generator.random_raw(steps) % upto[-1]
-    return np.searchsorted(upto, words, side="right").astype(np.int64)
-
-
-def mini_batches(
-    generator: np.random.Philox, rows: int, batch_rows: int
-) -> Iterator[NDArray[np.intp]]:
-    """Batches of min(rows, batch_rows) of [0, rows), ascending: all rows in turn, shuffled anew.
-
-    Rows that are left when there are too few for a batch are passed over.
-    """
-    size = min(rows, batch_rows)
-    while True:
-        shuffled = np.argsort(generator.random_raw(rows), kind="stable")
-        for low in range(0, rows - size + 1, size):
-            yield np.sort(shuffled[low : low + size])
 
 
 class _Steps:
@@ -152,16 +118,6 @@ class _Steps:
         self._visits[index] = self._visits.get(index, 0) + 1
         self._loss += loss
         self._weight += weight
-
-
-def _generator(job: Job, request: Walk, what: str) -> np.random.Philox:
-    """Philox4x64-10 whose key is the first 16 bytes of a SHA-256 of what names the walk."""
-    seed = job.adapter.manifest.seed
-    numbers = seed.to_bytes(8, "little") + request.round.to_bytes(4, "little")
-    part = request.part.to_bytes(4, "little")
-    material = b"seedwire walk " + what.encode() + b"\0" + numbers + part
-    digest = hashlib.sha256(material + job.request.device.encode()).digest()
-    return np.random.Philox(key=np.frombuffer(digest[:16], "<u8").astype(np.uint64))
 
 
 def _packed(values: dict[int, int], visited: list[int], dtype: str) -> bytes:

@@ -91,7 +91,13 @@ class Tuning(Record, frozen=True):
     momentum: Annotated[int, Meta(ge=0, le=255)] = 0
     """k of V = (k V >> 8) + sum c z; 230 is about 0.9."""
     local_steps: Annotated[int, Meta(ge=0, le=4096)] = 0
-    """fedkseed: steps that a device walks in a round, each along one direction of the pool."""
+    """fedkseed: steps that a device walks in a round, each along one direction of the pool.
+    seedwire with `how: exact`: steps of Adam that a device takes by itself; 0: it sends its
+    gradient. `step` is then the share of the fleet's mean move that a round makes."""
+    local_rows: Annotated[int, Meta(ge=1, le=2**20)] = 64
+    """Mini-batch of each of seedwire's local steps."""
+    local_rate: Annotated[float, Meta(gt=0.0, le=10.0)] = 0.01
+    """Adam's step in seedwire's local steps; falls linearly to `final_step` of itself."""
     candidates: Annotated[int, Meta(ge=1, le=64)] = 1
     """fwdllm: of so many times `directions`, every second commit takes those most alike to the
     commit before it; 1: never."""

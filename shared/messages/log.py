@@ -49,6 +49,18 @@ class Walk(Record, frozen=True):
     weights: Annotated[bytes, Meta(max_length=131_072)] = b""
 
 
+class LocalSteps(Record, frozen=True):
+    """A device's steps of its own down its loss in closed form: Adam's, on mini-batches of `rows`.
+
+    The slopes that it answers with are those of its move: minus its product with each direction.
+    """
+
+    steps: Annotated[int, Meta(ge=1, le=4096)]
+    rows: Annotated[int, Meta(ge=1, le=2**20)]
+    rate: Finite
+    """Adam's step, in units of theta."""
+
+
 class RoundOpened(Message, frozen=True):
     """Devices may measure round `round` at the adapter `digest`.
 
@@ -81,6 +93,8 @@ class RoundOpened(Message, frozen=True):
     """Those of the pool's directions that are worth measuring; empty: all."""
     walk: Walk | None = None
     """Devices walk by themselves instead of probing at one place."""
+    local: LocalSteps | None = None
+    """Devices answer with a move of their own instead of the gradient; in `exact` rounds only."""
 
 
 class Term(Record, frozen=True):

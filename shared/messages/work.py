@@ -18,7 +18,7 @@ from shared.messages.base import (
     Text,
 )
 from shared.messages.jobs import How
-from shared.messages.log import Walk
+from shared.messages.log import LocalSteps, Walk
 from shared.messages.updates import UpdateKey
 
 
@@ -50,6 +50,7 @@ class ProbeWork(Record, frozen=True, tag_field="kind", tag="probe"):
 
     how: How
     ranges: Ranges
+    local: LocalSteps | None = None
 
 
 class WalkWork(Record, frozen=True, tag_field="kind", tag="walk"):

@@ -108,7 +108,8 @@ def test_an_exact_update_is_autograds_gradient_of_the_whole_model(
     asked = Probe("j", 1, 1, "exact", [(0, COUNT)], EPS, 64, (0, 2), job.adapter.digest())
     result = probe(job, asked)
 
-    deltas = torch.tensor(job.deltas(), dtype=torch.float32, requires_grad=True)
+    values = job.adapter.values().reshape(4, SHAPE.width)
+    deltas = torch.tensor(values, dtype=torch.float32, requires_grad=True)
     allowed = list(range(SHAPE.vocabulary))
     if loss == "choices":
         allowed = [

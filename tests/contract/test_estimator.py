@@ -17,6 +17,7 @@ from shared.directions import GAUSS8, GAUSS_UNIT
 from shared.engine.examples import choice_tokens
 from shared.engine.fake import Words
 from shared.engine.job import Job
+from shared.engine.last_block import BlockSites, LastBlock
 from shared.engine.model import Adaptation, Example, Losses, Sites
 from shared.engine.probing import NAT, probe
 from shared.engine.protocol import Facts, OpenJob, Probe
@@ -79,6 +80,16 @@ class TorchModel(Words):
         return Losses(loss, ones, ones > 0)
 
     def sites(self, examples: Sequence[Example]) -> list[Sites]:
+        raise NotImplementedError
+
+    @property
+    def last_block_tensors(self) -> set[str]:
+        return set()
+
+    def last_block(self) -> LastBlock:
+        raise NotImplementedError
+
+    def block_sites(self, examples: Sequence[Example], block: LastBlock) -> list[BlockSites]:
         raise NotImplementedError
 
     def close(self) -> None:

@@ -139,7 +139,7 @@ def test_a_diverged_pass_leaves_nothing_behind(a_model: Opener) -> None:
 def test_an_example_that_is_too_long_is_an_error_not_an_abort(a_model: Opener) -> None:
     model = a_model(Block("control", "", [64], layer=1))
     long = Example(np.full(600, 5, np.int32), np.array([1], np.int32))
-    with pytest.raises(EngineError, match="600 tokens; at most 512 fit"):
+    with pytest.raises(EngineError, match="600 tokens; at most 256 fit"):
         model.measure([long])
 
 

@@ -118,6 +118,9 @@ async def test_a_job_is_exported_with_what_its_log_says_of_it(tmp_path: Path) ->
         a = folder["base_model.model.lm_head.lora_A.weight"]
         exported = {tensor.name: tensor.data for tensor in gguf.GGUFReader(lora).tensors}
         assert a.tolist() == exported["output.weight.lora_a"].tolist()
+        attention = ("attn_q", "attn_k", "attn_v", "attn_output")  # the default: the last block
+        for name in (*(f"blk.1.{part}.weight" for part in attention), "output.weight"):
+            assert exported[f"{name}.lora_b"].any(), name
 
         # Snapshots of early rounds are gone: the commits lead there too, or from a later snapshot.
         for round in (2, SNAPSHOT_EVERY, ROUNDS):

@@ -21,7 +21,6 @@ transformers: Any = pytest.importorskip("transformers", reason="transformers is 
 torch.set_num_threads(1)
 
 SHAPE = tiny_gguf.Shape()
-HEAD = SHAPE.width // SHAPE.heads
 
 _CONFIGS = {
     "llama": "LlamaConfig",
@@ -68,24 +67,31 @@ class Twin:
     """The same weights as a GGUF file in F32."""
 
 
-def twin(folder: Path, architecture: str, *, tied: bool = False, seed: int = 1) -> Twin:
+def twin(
+    folder: Path,
+    architecture: str,
+    *,
+    tied: bool = False,
+    seed: int = 1,
+    shape: tiny_gguf.Shape = SHAPE,
+) -> Twin:
     """A random model in transformers, and its GGUF file in `folder`."""
     torch.manual_seed(seed)
     config = getattr(transformers, _CONFIGS[architecture])(
-        vocab_size=SHAPE.vocabulary,
-        hidden_size=SHAPE.width,
-        intermediate_size=SHAPE.feed_forward,
-        num_hidden_layers=SHAPE.layers,
-        num_attention_heads=SHAPE.heads,
-        num_key_value_heads=SHAPE.kv_heads,
-        max_position_embeddings=SHAPE.context,
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.width,
+        intermediate_size=shape.feed_forward,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=shape.context,
         rms_norm_eps=1e-6,
         tie_word_embeddings=tied,
         attn_implementation="eager",
         bos_token_id=0,
         eos_token_id=0,
         pad_token_id=0,
-        **_own(architecture),
+        **_own(architecture, shape.head_width),
     )
     hf = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():
@@ -94,8 +100,9 @@ def twin(folder: Path, architecture: str, *, tied: bool = False, seed: int = 1) 
             scale = 0.1 if weight.dim() == 1 else weight.shape[1] ** -0.5
             weight.copy_(offset + scale * torch.randn_like(weight))
     path = folder / f"{architecture}{'-tied' if tied else ''}.gguf"
-    tiny_gguf.write(path, architecture, shape=SHAPE, tied=tied, quantized=False)
-    _fill(path, architecture, {name: weight.numpy() for name, weight in hf.state_dict().items()})
+    tiny_gguf.write(path, architecture, shape=shape, tied=tied, quantized=False)
+    weights = {name: weight.numpy() for name, weight in hf.state_dict().items()}
+    _fill(path, architecture, shape, weights)
     return Twin(architecture, hf, path)
 
 
@@ -106,26 +113,28 @@ def logits(model: Any, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
     return found.float().numpy()
 
 
-def _own(architecture: str) -> dict[str, Any]:
+def _own(architecture: str, head: int) -> dict[str, Any]:
     match architecture:
         case "gemma3":
-            return {"head_dim": HEAD, "query_pre_attn_scalar": HEAD, "sliding_window": 128}
-        case "qwen3":
-            return {"head_dim": HEAD}
+            return {"head_dim": head, "query_pre_attn_scalar": head, "sliding_window": 128}
+        case "qwen3" | "llama":
+            return {"head_dim": head}
         case _:
             return {}
 
 
-def _fill(path: Path, architecture: str, weights: dict[str, NDArray[np.float32]]) -> None:
+def _fill(
+    path: Path, architecture: str, shape: tiny_gguf.Shape, weights: dict[str, NDArray[np.float32]]
+) -> None:
     """Every tensor of the file at `path` is that of `weights`, as the converter would write it."""
     named = {_gguf_name(architecture, name): name for name in weights}
     for tensor in gguf.GGUFReader(path, "r+").tensors:
         name = named[tensor.name]
         weight = weights[name]
         if architecture == "llama" and "self_attn.q_proj" in name:
-            weight = _interleaved(weight, SHAPE.heads)
+            weight = interleaved(weight, shape.heads)
         if architecture == "llama" and "self_attn.k_proj" in name:
-            weight = _interleaved(weight, SHAPE.kv_heads)
+            weight = interleaved(weight, shape.kv_heads)
         if architecture == "gemma3" and name.endswith("norm.weight"):
             weight = weight + 1.0
         tensor.data[:] = weight.reshape(tensor.data.shape)
@@ -140,7 +149,7 @@ def _gguf_name(architecture: str, name: str) -> str:
     return f"blk.{layer}.{parts[part]}.{suffix}"
 
 
-def _interleaved(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
+def interleaved(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
     """Rows of rotated pairs that stand half a head apart in transformers, side by side."""
     rows = np.arange(len(weight)).reshape(heads, 2, -1).swapaxes(1, 2).ravel()
     return weight[rows]

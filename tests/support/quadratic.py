@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.engine.fake import Words
+from shared.engine.last_block import BlockSites, LastBlock
 from shared.engine.model import Adaptation, Example, Losses, Sites
 from shared.engine.protocol import Facts
 
@@ -48,6 +49,16 @@ class QuadraticModel(Words):
         return Losses(loss, ones, ones > 0)
 
     def sites(self, examples: Sequence[Example]) -> list[Sites]:
+        raise NotImplementedError
+
+    @property
+    def last_block_tensors(self) -> set[str]:
+        return set()
+
+    def last_block(self) -> LastBlock:
+        raise NotImplementedError
+
+    def block_sites(self, examples: Sequence[Example], block: LastBlock) -> list[BlockSites]:
         raise NotImplementedError
 
     def close(self) -> None:

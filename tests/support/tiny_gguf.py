@@ -28,6 +28,14 @@ class Shape:
     feed_forward: int = 96
     vocabulary: int = 320
     context: int = 1024
+    head: int = 0
+    """Width of a head; 0: width / heads."""
+    by_layer: bool = False
+    """The header tells `kv_heads` for each layer."""
+
+    @property
+    def head_width(self) -> int:
+        return self.head or self.width // self.heads
 
 
 def write(
@@ -38,13 +46,16 @@ def write(
     tied: bool = False,
     quantized: bool = True,
     plus: Mapping[str, NDArray[np.float32]] = MappingProxyType({}),
+    also: Mapping[str, NDArray[np.float32]] = MappingProxyType({}),
+    entries: Mapping[str, str | float] = MappingProxyType({}),
     seed: int = 1,
     controls: Sequence[str] = (),
     chat_template: str = "",
 ) -> Path:
     """A GGUF file at `path`: matrices in Q8_0, or in F32 where not `quantized`.
 
-    The matrices in `plus` are added to those of the same name. `controls` are control tokens beside
+    The matrices in `plus` are added to those of the same name; `also` are further tensors, in F32,
+    and `entries` further texts and numbers of the header. `controls` are control tokens beside
     `<|end|>`, which begins and ends a text.
     """
     writer = gguf.GGUFWriter(path, architecture)
@@ -52,6 +63,11 @@ def write(
     _tokenizer(writer, shape.vocabulary, controls)
     if chat_template:
         writer.add_chat_template(chat_template)
+    for name, value in entries.items():
+        add = writer.add_string if isinstance(value, str) else writer.add_float32
+        add(name, value)  # type: ignore[arg-type]
+    for name, data in also.items():
+        writer.add_tensor(name, data)
     random = np.random.default_rng(seed)
     for name, dims in _tensors(architecture, shape, tied=tied).items():
         if len(dims) == 1:
@@ -79,12 +95,13 @@ def _describe(writer: gguf.GGUFWriter, architecture: str, shape: Shape) -> None:
     writer.add_block_count(shape.layers)
     writer.add_feed_forward_length(shape.feed_forward)
     writer.add_head_count(shape.heads)
-    writer.add_head_count_kv(shape.kv_heads)
+    pairs = [shape.kv_heads] * shape.layers
+    writer.add_head_count_kv(pairs if shape.by_layer else shape.kv_heads)
     writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_dimension_count(shape.width // shape.heads)
-    if architecture in ("qwen3", "gemma3"):
-        writer.add_key_length(shape.width // shape.heads)
-        writer.add_value_length(shape.width // shape.heads)
+    writer.add_rope_dimension_count(shape.head_width)
+    if architecture in ("qwen3", "gemma3") or shape.head:
+        writer.add_key_length(shape.head_width)
+        writer.add_value_length(shape.head_width)
     if architecture == "gemma3":
         writer.add_sliding_window(128)
     writer.add_vocab_size(shape.vocabulary)
@@ -117,25 +134,25 @@ def _byte_letters() -> list[str]:
 
 def _tensors(architecture: str, shape: Shape, *, tied: bool) -> dict[str, tuple[int, ...]]:
     """Each tensor's dimensions, row-major: (d_out, d_in)."""
-    width, head = shape.width, shape.width // shape.heads
-    kv = head * shape.kv_heads
+    width, head = shape.width, shape.head_width
+    q, kv = head * shape.heads, head * shape.kv_heads
     tensors: dict[str, tuple[int, ...]] = {"token_embd.weight": (shape.vocabulary, width)}
     for layer in range(shape.layers):
         block: dict[str, tuple[int, ...]] = {
             "attn_norm.weight": (width,),
-            "attn_output.weight": (width, width),
+            "attn_output.weight": (width, q),
             "ffn_norm.weight": (width,),
             "ffn_down.weight": (width, shape.feed_forward),
         }
         if architecture == "phi3":
-            block["attn_qkv.weight"] = (width + 2 * kv, width)
+            block["attn_qkv.weight"] = (q + 2 * kv, width)
             block["ffn_up.weight"] = (2 * shape.feed_forward, width)
         else:
-            block["attn_q.weight"] = (width, width)
+            block["attn_q.weight"] = (q, width)
             block["attn_k.weight"] = block["attn_v.weight"] = (kv, width)
             block["ffn_gate.weight"] = block["ffn_up.weight"] = (shape.feed_forward, width)
         if architecture == "qwen2":
-            block["attn_q.bias"] = (width,)
+            block["attn_q.bias"] = (q,)
             block["attn_k.bias"] = block["attn_v.bias"] = (kv,)
         if architecture in ("qwen3", "gemma3"):
             block["attn_q_norm.weight"] = block["attn_k_norm.weight"] = (head,)

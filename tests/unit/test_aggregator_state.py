@@ -322,7 +322,11 @@ def test_the_logs_of_folded_updates_name_every_update_once() -> None:
     ("part", "change", "why"),
     [
         ("tuning", {"method": "magic"}, "method 'magic' is unknown"),
-        ("tuning", {"how": "exact"}, "needs an adapter of output rows alone"),
+        (
+            "tuning",
+            {"how": "exact"},
+            "needs an adapter of output rows and the last block's LoRA alone",
+        ),
         ("tuning", {"directions": 60_000}, "60000 directions do not fit one event of the log"),
         ("pacing", {"minimum_probes": 99}, "minimum_probes 99 is more than enough_probes 16"),
         ("task", {"template": "no place"}, "template must hold {text}"),

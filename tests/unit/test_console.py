@@ -13,7 +13,7 @@ from services.aggregator.opening import open_job
 from services.console.failure import Failure, Usage
 from services.console.labels import labels_of, parse_labels
 from services.console.manifest import AdapterKind, AdapterOptions, layer_numbers, manifest
-from services.console.spec import read_file, wanted
+from services.console.spec import GRADIENT, Wanted, read_file, wanted
 from shared.adapter import Adapter, size
 from shared.codec import decode_manifest, encode_manifest
 from shared.engine.protocol import Facts
@@ -24,14 +24,21 @@ DIGEST = "d" * 64
 VARIANT = Variant(DIGEST, 1000, "tiny.gguf")
 
 
-def some_facts(*, layers: int = 4, width: int = 8, tied: bool = False, tokens: int = 0) -> Facts:
-    """A llama-shaped model, its attention's values narrower than its queries."""
+def some_facts(
+    *, layers: int = 4, width: int = 8, tied: bool = False, tokens: int = 0, closed: bool = True
+) -> Facts:
+    """A llama-shaped model, its attention's values narrower than its queries.
+
+    `closed`: its last block has a closed form.
+    """
     matrices = {"token_embd.weight": [100, width]}
     if not tied:
         matrices["output.weight"] = [100, width]
     for layer in range(layers):
         matrices[f"blk.{layer}.attn_q.weight"] = [width, width]
+        matrices[f"blk.{layer}.attn_k.weight"] = [width // 2, width]
         matrices[f"blk.{layer}.attn_v.weight"] = [width // 2, width]
+        matrices[f"blk.{layer}.attn_output.weight"] = [width, width]
         matrices[f"blk.{layer}.ffn_down.weight"] = [width, 3 * width]
     return Facts(
         architecture="llama",
@@ -42,6 +49,9 @@ def some_facts(*, layers: int = 4, width: int = 8, tied: bool = False, tokens: i
         tied=tied,
         matrices=matrices,
         tokens=list(range(50, 50 + tokens)),
+        last_block=[name for name in matrices if name.startswith(f"blk.{layers - 1}.")]
+        if closed
+        else [],
     )
 
 
@@ -58,7 +68,7 @@ def build(facts: Facts, options: AdapterOptions, *, labels: int = 0) -> Manifest
     width=st.sampled_from([8, 16, 64]),
     rank=st.integers(1, 5),
     labels=st.integers(2, 9),
-    kind=st.sampled_from(["output-rows", "lora", "control"]),
+    kind=st.sampled_from(["last-block", "output-rows", "lora", "control"]),
 )
 def test_whatever_it_builds_is_an_adapter_of_the_model(
     layers: int, width: int, rank: int, labels: int, kind: AdapterKind
@@ -72,6 +82,7 @@ def test_whatever_it_builds_is_an_adapter_of_the_model(
     expected = {
         "output-rows": labels * width,
         "lora": layers * rank * (width + width // 2),
+        "last-block": rank * (2 * width + 2 * (width // 2)) + labels * width,
         "control": (layers - 1) * width,
     }
     assert made.d == expected[kind]
@@ -82,8 +93,22 @@ def test_whatever_it_builds_is_an_adapter_of_the_model(
 
 
 def test_output_rows_are_one_block_of_the_labels_tokens_in_their_order() -> None:
-    (block,) = build(some_facts(tokens=3), AdapterOptions(), labels=3).blocks
+    (block,) = build(some_facts(tokens=3), AdapterOptions(kind="output-rows"), labels=3).blocks
     assert (block.tensor, block.rows, block.shape) == ("output.weight", [50, 51, 52], [3, 8])
+
+
+def test_the_last_block_is_its_attention_and_the_labels_rows_where_they_move_alone() -> None:
+    options = AdapterOptions(kind="last-block", rank=2)
+    *lora, rows = build(some_facts(tokens=3), options, labels=3).blocks
+    names = ("attn_q", "attn_k", "attn_v", "attn_output")
+    assert [block.tensor for block in lora] == [f"blk.3.{n}.weight" for n in names for _ in "12"]
+    assert (rows.kind, rows.rows) == ("output_rows", [50, 51, 52])
+    for facts, labels in ((some_facts(tokens=3, tied=True), 3), (some_facts(), 0)):
+        kinds = {block.kind for block in build(facts, options, labels=labels).blocks}
+        assert kinds == {"lora_b"}
+    named = msgspec.structs.replace(options, targets=["ffn_down"], layers="3")
+    lora = build(some_facts(), named).blocks
+    assert {block.tensor for block in lora} == {"blk.3.ffn_down.weight"}
 
 
 def test_control_spares_the_first_layer_and_lora_does_not() -> None:
@@ -108,8 +133,11 @@ def test_two_words_with_the_same_first_token_are_refused_by_name() -> None:
 @pytest.mark.parametrize(
     ("facts", "options", "labels", "mend"),
     [
-        (some_facts(tied=True, tokens=2), AdapterOptions(), 2, "--adapter lora"),
-        (some_facts(), AdapterOptions(), 0, "--labels"),
+        (some_facts(tied=True, tokens=2), AdapterOptions("output-rows"), 2, "--adapter lora"),
+        (some_facts(), AdapterOptions("output-rows"), 0, "--labels"),
+        (some_facts(closed=False), AdapterOptions(), 0, "no closed form; use --adapter output-"),
+        (some_facts(), AdapterOptions(layers="1-2"), 0, "last-block tunes layer 3 alone; use"),
+        (some_facts(), AdapterOptions(targets=["output"]), 0, "output.weight has no closed form"),
         (some_facts(), AdapterOptions(kind="lora", targets=["attn_z"]), 0, "attn_q, attn_v, ffn"),
         (some_facts(tied=True), AdapterOptions(kind="lora", targets=["output"]), 0, "ffn_down"),
         (some_facts(), AdapterOptions(kind="lora", layers="2-9"), 0, "layers 0-3"),
@@ -139,19 +167,84 @@ def test_a_flag_beats_the_file_and_the_file_the_default() -> None:
     file = {"tuning": {"rounds": 7, "step": 0.5}, "adapter": {"rank": 9}, "snapshot_every": 3}
     asked = wanted({"tuning": {"step": 0.25, "eps": None}}, cast("dict[str, object]", file))
     assert (asked.spec.tuning.rounds, asked.spec.tuning.step) == (7, 0.25)
-    assert (asked.adapter.kind, asked.adapter.rank, asked.spec.snapshot_every) == ("lora", 9, 3)
+    kind = asked.adapter.kind
+    assert (kind, asked.adapter.rank, asked.spec.snapshot_every) == ("last-block", 9, 3)
 
 
-def test_labels_choose_choices_output_rows_and_exact() -> None:
-    asked = wanted({"task": {"labels": {"1": "world", "2": "sports"}}}, {})
-    assert (asked.spec.task.loss, asked.adapter.kind) == ("choices", "output-rows")
-    assert asked.spec.tuning.how == "exact"
-    assert asked.spec.pacing.enough_probes == asked.spec.tuning.directions
-    assert asked.spec.task.labels == {"1": " world", "2": " sports"}
+LABELLED: dict[str, dict[str, object]] = {"task": {"labels": {"1": "world", "2": "sports"}}}
+
+
+def accepted(asked: Wanted, facts: Facts) -> bool:
+    """The aggregator takes the job that is made of it."""
+    made = manifest(
+        facts,
+        asked.adapter,
+        labels=asked.spec.task.labels,
+        variant=VARIANT,
+        seed=1,
+        momentum=asked.spec.tuning.momentum > 0,
+    )
+    return bool(open_job(SubmitJob(job="j", spec=asked.spec, manifest=encode_manifest(made))))
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_the_last_block_with_local_steps_is_the_default(labelled: bool) -> None:
+    asked = wanted(LABELLED if labelled else {}, {})
+    assert asked.spec.task.loss == ("choices" if labelled else "tokens")
+    assert (asked.adapter.kind, asked.spec.tuning.how) == ("last-block", "exact")
+    assert asked.spec.tuning.local_steps > 0
+    assert asked.spec.tuning.normalise == "none"
+    assert asked.spec.pacing.enough_probes % asked.spec.tuning.directions == 0
+    assert asked.spec.task.labels == ({"1": " world", "2": " sports"} if labelled else {})
+    assert accepted(asked, some_facts(tokens=2 if labelled else 0))
+
+
+def test_a_model_without_a_closed_form_is_tuned_by_its_labels_rows_or_by_lora() -> None:
+    rows = wanted(LABELLED, {}, last_block=False)
+    assert (rows.adapter.kind, rows.spec.tuning.how) == ("output-rows", "exact")
+    lora = wanted({}, {}, last_block=False)
+    assert (lora.adapter.kind, lora.spec.tuning.how) == ("lora", "probe")
+    for asked, tokens in ((rows, 2), (lora, 0)):
+        assert asked.spec.tuning.local_steps == 0
+        assert accepted(asked, some_facts(tokens=tokens, closed=False))
+    named = wanted({"adapter": {"kind": "last-block"}}, {}, last_block=False)
+    with pytest.raises(Failure, match="use --adapter output-rows"):
+        accepted(named, some_facts(closed=False))
+
+
+@pytest.mark.parametrize("kind", [None, "last-block"])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_probes_take_no_local_steps(labelled: bool, kind: str | None) -> None:
+    flags = {
+        **(LABELLED if labelled else {}),
+        "tuning": {"how": "probe"},
+        "adapter": {"kind": kind},
+    }
+    asked = wanted(flags, {})
+    assert asked.adapter.kind == (kind or ("output-rows" if labelled else "lora"))
+    assert (asked.spec.tuning.how, asked.spec.tuning.local_steps) == ("probe", 0)
+    assert accepted(asked, some_facts(tokens=2 if labelled else 0))
+
+
+def test_without_local_steps_the_last_block_takes_the_gradients_numbers() -> None:
+    asked = wanted({"tuning": {"local_steps": 0, "rounds": 9}}, {})
+    usual = GRADIENT | {"local_steps": 0, "rounds": 9}
+    assert asked.adapter == wanted({}, {}).adapter
+    assert {name: getattr(asked.spec.tuning, name) for name in usual} == usual
+    assert accepted(asked, some_facts())
+    file = wanted({}, {"tuning": {"local_steps": 0}})
+    assert file.spec.tuning.directions == GRADIENT["directions"]
+
+
+def test_exact_without_labels_waits_for_what_the_model_can() -> None:
+    flags: dict[str, dict[str, object]] = {"tuning": {"how": "exact"}}
+    assert accepted(wanted(flags, {}), some_facts())
+    with pytest.raises(Failure, match="give --labels or --labels-from"):
+        accepted(wanted(flags, {}, last_block=False), some_facts(closed=False))
 
 
 @pytest.mark.parametrize("method", ["mezo", "fwdllm", "fedkseed", "fedkseed-pro"])
-@pytest.mark.parametrize("adapter", [None, "output-rows", "control"])
+@pytest.mark.parametrize("adapter", [None, "last-block", "output-rows", "control"])
 def test_a_papers_method_brings_numbers_that_the_aggregator_takes(
     method: str, adapter: str | None
 ) -> None:
@@ -173,9 +266,12 @@ def test_a_papers_method_brings_numbers_that_the_aggregator_takes(
         momentum=asked.spec.tuning.momentum > 0,
     )
     assert made.distribution == "gauss8"
-    assert {block.kind for block in made.blocks} == {
-        {None: "lora_b", "output-rows": "output_rows", "control": "control"}[adapter]
+    kinds = {
+        "last-block": {"lora_b", "output_rows"},
+        "output-rows": {"output_rows"},
+        "control": {"control"},
     }
+    assert {block.kind for block in made.blocks} == kinds.get(adapter or "", {"lora_b"})
     tuning, pacing = asked.spec.tuning, asked.spec.pacing
     assert (tuning.method, tuning.how, tuning.eps) == (method, "probe", 0.02)
     steps = {"mezo": 4 * 1, "fwdllm": 100}.get(method, 4 * 200)

@@ -310,8 +310,9 @@ async def test_a_file_comes_back_by_its_digest_alone(tmp_path: Path) -> None:
 async def test_a_submitted_job_brings_its_model_and_a_manifest_of_it(tmp_path: Path) -> None:
     model = tmp_path / "model.json"
     model.write_text(json.dumps({"n_embd": 16, "n_vocab": 512}))
-    labels = {"a": "apple", "b": "banana", "c": "cherry"}
-    submission = Submission("demo", model, wanted({"task": {"labels": labels}}, {}), engine="fake")
+    flags = {"task": {"labels": {"a": "apple", "b": "banana", "c": "cherry"}}}
+    asked, otherwise = wanted(flags, {}), wanted(flags, {}, last_block=False)
+    submission = Submission("demo", model, asked, otherwise, engine="fake")
     async with a_fleet(JobsListed(jobs=[]), JobAccepted(job="demo")) as (bus, _, services):
         printer, written = paper()
         await submit(bus, submission, printer)
@@ -319,6 +320,7 @@ async def test_a_submitted_job_brings_its_model_and_a_manifest_of_it(tmp_path: P
         assert isinstance(request, SubmitJob)
         made = decode_manifest(request.manifest)
         assert (made.d, made.architecture) == (3 * 16, "fake")
+        assert request.spec == otherwise.spec  # the fake model has no last block
         stored = await bus.get_last(
             subjects.BLOBS_STREAM, subjects.blob(made.variants[0].digest, 0)
         )

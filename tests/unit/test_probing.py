@@ -218,7 +218,7 @@ def test_a_loss_at_theta_that_is_not_finite_is_an_error(a_job: Callable[..., Job
     ("changes", "why"),
     [
         ({"digest": "0" * 64}, "catch up first"),
-        ({"how": "exact", "scope": (0, 2)}, "use how: probe"),
+        ({"how": "exact", "scope": (0, 2)}, "closed form alone; use how: probe"),
     ],
 )
 def test_work_that_does_not_fit_is_refused(

@@ -9,12 +9,12 @@ from services.scheduler.service import Scheduler
 from shared import subjects
 from shared.clock import SystemClock
 from shared.codec import decode, encode
-from shared.log import LogWriter, ensure_streams
+from shared.log import ensure_streams
+from shared.log_writer import LogWriter
 from shared.memory_bus import MemoryBroker, MemoryBus
 from shared.messages import (
     ComeBack,
     DecisionMade,
-    DeviceReport,
     DevicesListed,
     JobOpened,
     JobSpec,
@@ -23,7 +23,6 @@ from shared.messages import (
     Message,
     Refused,
     RequestWork,
-    RoundOpened,
     ServiceReport,
     Task,
     UpdateKey,
@@ -31,40 +30,13 @@ from shared.messages import (
     WorkAssigned,
 )
 from shared.runtime import Stop
+from tests.support.facts import device_report, round_opened
 from tests.support.waiting import wait_until
 
 JOB = JobOpened(job="demo", spec=JobSpec(task=Task(loss="tokens")))
-ROUND = RoundOpened(
-    job="demo",
-    epoch=0,
-    round=1,
-    stream_round=1,
-    kind="tune",
-    how="probe",
-    directions=64,
-    eps=0.01,
-    batch_rows=8,
-    scope=(0, 1),
-    digest="d" * 64,
-    evaluate=False,
-    enough_devices=1,
-    enough_probes=8,
-    over_selection=1.0,
-    deadline_s=60.0,
+ROUND = round_opened(
+    1, directions=64, batch_rows=8, enough_devices=1, enough_probes=8, deadline_s=60.0
 )
-
-
-def a_report(device: str) -> DeviceReport:
-    return DeviceReport(
-        device=device,
-        version="0",
-        cores=1,
-        memory_mb=1,
-        rows=10,
-        heldout_rows=0,
-        trusted=False,
-        models=[],
-    )
 
 
 class Field:
@@ -138,7 +110,7 @@ async def test_a_scheduler_that_was_restarted_calls_an_idle_fleet_that_it_has_ne
     """Who waits to be called says nothing for a quarter of an hour."""
     field = Field()
     await field.append([JOB])
-    await field.send(subjects.report("d0"), a_report("d0"))
+    await field.send(subjects.report("d0"), device_report("d0"))
     await field.bus.publish(subjects.report("d1"), b"no report")
     async with field.listening(subjects.wake("d0")), field.scheduler():
         await field.append([ROUND])
@@ -158,7 +130,7 @@ async def test_a_device_that_waits_is_woken_as_a_round_opens_and_the_decision_is
     await field.append([JOB])
     listening = field.listening(subjects.ALL_DECISIONS, subjects.wake("d0"))
     async with listening, field.scheduler() as scheduler:
-        await field.send(subjects.report("d0"), a_report("d0"))
+        await field.send(subjects.report("d0"), device_report("d0"))
         await wait_until(lambda: "d0" in scheduler.state.devices)
         waiting = await field.request("d0")
         assert isinstance(waiting, ComeBack)
@@ -183,7 +155,7 @@ async def test_an_unknown_device_is_woken_once_it_has_reported() -> None:
         answer = await field.request("d0")
         assert isinstance(answer, ComeBack)
         assert answer.report
-        await field.send(subjects.report("d0"), a_report("d0"))
+        await field.send(subjects.report("d0"), device_report("d0"))
         await wait_until(lambda: bool(field.heard_on(subjects.wake("d0"))))
         assert isinstance(await field.request("d0"), WorkAssigned)
 
@@ -200,7 +172,7 @@ async def test_a_request_that_cannot_be_used_is_answered_with_what_is_wrong_and_
         assert "ListDevices" in reasons[2]
         assert scheduler.counters.get("messages_malformed") == 3
         assert "d1" not in scheduler.state.devices
-        await field.send(subjects.report("d0"), a_report("d1"))
+        await field.send(subjects.report("d0"), device_report("d1"))
         await wait_until(lambda: scheduler.counters.get("messages_malformed") == 4)
         assert not scheduler.state.devices
 
@@ -209,7 +181,7 @@ async def test_a_restarted_scheduler_goes_on_with_the_round_and_numbers_on() -> 
     field = Field()
     await field.append([JOB, ROUND])
     async with field.scheduler():
-        await field.send(subjects.report("d0"), a_report("d0"))
+        await field.send(subjects.report("d0"), device_report("d0"))
         first = await field.request("d0")
         assert isinstance(first, WorkAssigned)
     async with field.scheduler():
@@ -233,7 +205,7 @@ async def test_a_request_made_during_the_replay_is_answered_after_it() -> None:
     scheduler, stop = Scheduler(bus, bus, Settings(), SystemClock()), Stop()
     task = asyncio.create_task(scheduler.serve(stop))
     await wait_until(lambda: len(field.broker.subscribers) >= 3)
-    await field.send(subjects.report("d0"), a_report("d0"))
+    await field.send(subjects.report("d0"), device_report("d0"))
     answer = await field.request("d0")
     assert "no job" not in (answer.reason if isinstance(answer, ComeBack) else "")
     stop.set()
@@ -243,7 +215,7 @@ async def test_a_request_made_during_the_replay_is_answered_after_it() -> None:
 async def test_the_operator_lists_devices_and_telemetry_hears_counters() -> None:
     field = Field()
     async with field.listening(subjects.service("scheduler")), field.scheduler() as scheduler:
-        await field.send(subjects.report("d0"), a_report("d0"))
+        await field.send(subjects.report("d0"), device_report("d0"))
         await wait_until(lambda: "d0" in scheduler.state.devices)
         data = await field.bus.request(subjects.DEVICE_LIST, encode(ListDevices()), timeout_s=5)
         (listed,) = decode(data, DevicesListed).devices

@@ -37,8 +37,7 @@ from shared.messages import (
     WalkWork,
     WorkAssigned,
 )
-
-DIGEST = "d" * 64
+from tests.support.facts import DIGEST, device_report, round_closed, round_opened
 
 
 def a_job(name: str = "demo", *, allow: list[str] | None = None) -> JobOpened:
@@ -51,19 +50,10 @@ def a_job(name: str = "demo", *, allow: list[str] | None = None) -> JobOpened:
 
 
 def a_round(number: int = 1, *, devices: int = 2, probes: int = 32, pool: int = 64) -> RoundOpened:
-    return RoundOpened(
-        job="demo",
-        epoch=0,
-        round=number,
-        stream_round=number,
-        kind="tune",
-        how="probe",
+    return round_opened(
+        number,
         directions=pool,
-        eps=0.01,
         batch_rows=8,
-        scope=(0, 1),
-        digest=DIGEST,
-        evaluate=False,
         enough_devices=devices,
         enough_probes=probes,
         over_selection=1.5,
@@ -72,27 +62,14 @@ def a_round(number: int = 1, *, devices: int = 2, probes: int = 32, pool: int = 
 
 
 def a_close(number: int = 1) -> RoundClosed:
-    return RoundClosed(
-        job="demo",
-        epoch=0,
-        round=number,
-        reason="enough",
-        commit=None,
-        digest=DIGEST,
-        detail_sequence=0,
-    )
+    return round_closed(number, detail_sequence=0)
 
 
 def a_report(device: str, *, probe_s: float = 0.0, trusted: bool = False) -> DeviceReport:
-    return DeviceReport(
-        device=device,
-        version="0",
-        cores=1,
-        memory_mb=1,
-        rows=10,
+    return device_report(
+        device,
         heldout_rows=5 if trusted else 0,
         trusted=trusted,
-        models=[],
         speeds=[Speed("demo", probe_s=probe_s)] if probe_s else [],
     )
 

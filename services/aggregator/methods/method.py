@@ -10,7 +10,17 @@ from dataclasses import dataclass, field
 from services.aggregator.pooling import Pool
 from shared.adapter import Adapter
 from shared.errors import RejectError
-from shared.messages import Frozen, Importance, Manifest, Range, RoundOpened, Term, Tuning, Walk
+from shared.messages import (
+    Frozen,
+    Importance,
+    LocalSteps,
+    Manifest,
+    Range,
+    RoundOpened,
+    Term,
+    Tuning,
+    Walk,
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +41,7 @@ class Plan:
     directions: int
     survivors: list[Range] = field(default_factory=list[Range])
     walk: Walk | None = None
+    local: LocalSteps | None = None
 
 
 @dataclass(frozen=True)

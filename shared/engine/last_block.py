@@ -1,0 +1,443 @@
+"""Loss and gradient of the last block in closed form, from one forward pass.
+
+What enters the last block depends on nothing in it. Kept are, for each row of data, the keys and
+values that the block's own matrices make of it and its image under each fixed A; for any B of a
+LoRA on the block's matrices, and any output rows, what follows is one query's attention, one
+feed-forward step and the output rows, at the few positions where a token is predicted. No token is
+sent through the model again.
+
+Shapes: B examples, n positions, m sites an example, E the model's width, H heads over K pairs of
+key and value, of width D.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.engine.block_weights import BlockWeights, sigmoid, silu
+from shared.engine.model import Adaptation, Example, Losses
+
+Floats = NDArray[np.float32]
+
+_AT_ONCE = 1 << 18
+"""Entries of a batch's largest arrays: 1 MB each."""
+_ONE = np.float32(1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSites:
+    """One example as the last block sees it, theta's part in the block aside."""
+
+    keys: NDArray[np.float16]
+    """(n, K D): before norm and rotation."""
+    values: NDArray[np.float16]
+    """(n, K D)"""
+    low_keys: NDArray[np.float16]
+    """(n, r_k): A of the keys' LoRA times what enters."""
+    low_values: NDArray[np.float16]
+    """(n, r_v)"""
+    queries: Floats
+    """(m, H D): before norm and rotation."""
+    low_queries: Floats
+    """(m, r_q)"""
+    stream: Floats
+    """(m, E): the residual stream that enters."""
+    beside: Floats
+    """(m, E): what the engine's final state has beside ours at theta = 0: kernels' rounding."""
+    targets: NDArray[np.int32]
+    """(m,): as in Example."""
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(getattr(self, name).nbytes for name in self.__slots__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Examples of similar length, padded at their ends; sites are the last m true positions."""
+
+    keys: Floats
+    values: Floats
+    low_keys: Floats
+    low_values: Floats
+    queries: Floats
+    low_queries: Floats
+    stream: Floats
+    beside: Floats
+    at: NDArray[np.int64]
+    """(B, m): each site's position; -1 where there is none."""
+    targets: NDArray[np.int64]
+    """(B, m)"""
+
+    @property
+    def real(self) -> NDArray[np.bool_]:
+        """(B, m): which sites there are."""
+        return self.at >= 0
+
+
+@dataclass(slots=True)
+class _Passed:
+    """What the backward pass needs of a forward one."""
+
+    low: dict[str, Floats]
+    raw_keys: Floats
+    raw_queries: Floats
+    keys: Floats
+    values: Floats
+    queries: Floats
+    shares: Floats
+    after: Floats
+    normed: Floats
+    gate: Floats
+    up: Floats
+    last: Floats
+    state: Floats
+
+
+class LastBlock:
+    """The last block of a model, with the blocks of one manifest that lie in it."""
+
+    def __init__(
+        self, weights: BlockWeights, adaptation: Adaptation, choices: NDArray[np.int64] | None
+    ) -> None:
+        """Losses are over `choices`, tokens, or over the whole vocabulary."""
+        self._weights = weights
+        self._adaptation = adaptation
+        self._choices = choices
+        self._slots: dict[str, list[int]] = {}
+        for number, block in enumerate(adaptation.blocks):
+            if block.kind == "lora_b" and block.tensor in weights.roles:
+                self._slots.setdefault(weights.roles[block.tensor], []).append(number)
+        self._a = {
+            role: np.stack([adaptation.fixed_a(number) for number in slots])
+            for role, slots in self._slots.items()
+        }
+        self._rows = [n for n, block in enumerate(adaptation.blocks) if block.kind == "output_rows"]
+
+    @property
+    def numbers(self) -> list[int]:
+        """The manifest's blocks whose slopes are known in closed form."""
+        return sorted([*self._rows, *(n for slots in self._slots.values() for n in slots)])
+
+    def sites(
+        self, examples: Sequence[Example], streams: Sequence[Floats], states: Sequence[Floats]
+    ) -> list[BlockSites]:
+        """Of each example from what enters the block, (n, E), and its final states, (m, E)."""
+        found = [
+            self._site(example, stream, len(state))
+            for example, stream, state in zip(examples, streams, states, strict=True)
+        ]
+        still = np.zeros(self._adaptation.offsets[-1], np.float32)
+        for chosen in self._groups(found):
+            batch = self._batch([found[number] for number in chosen])
+            ours = self._forward(batch, self._matrices(still)).state
+            for place, number in enumerate(chosen):
+                state = states[number]
+                found[number].beside[:] = state - ours[place, : len(state)]
+        return found
+
+    def losses(self, sites: Sequence[BlockSites], values: Floats) -> Losses:
+        """Losses of the examples at theta = `values` (d,)."""
+        matrices = self._matrices(values)
+        told = _Told.of(sites)
+        for chosen in self._groups(sites):
+            batch = self._batch([sites[number] for number in chosen])
+            state = self._forward(batch, matrices).state
+            head = self._head(state[batch.real], batch.targets[batch.real], values)
+            told.take(chosen, batch, head)
+        return told.losses()
+
+    def gradient(
+        self, sites: Sequence[BlockSites], values: Floats
+    ) -> tuple[Losses, NDArray[np.float64]]:
+        """Losses, and the gradient of their sum: (d,) float64, zero outside `numbers`."""
+        whole = np.zeros(self._adaptation.offsets[-1])
+        matrices = self._matrices(values)
+        told = _Told.of(sites)
+        for chosen in self._groups(sites):
+            batch = self._batch([sites[number] for number in chosen])
+            passed = self._forward(batch, matrices)
+            state, targets = passed.state[batch.real], batch.targets[batch.real]
+            head = self._head(state, targets, values)
+            told.take(chosen, batch, head)
+            back, rows = self._head_back(state, targets, values, head)
+            slopes = np.zeros_like(passed.state)
+            slopes[batch.real] = back
+            for role, part in self._backward(batch, matrices, passed, slopes).items():
+                for column, number in enumerate(self._slots[role]):
+                    self._span(whole, number)[:] += part[:, column]
+            done = 0
+            for number in self._rows:
+                height = self._adaptation.blocks[number].shape[0]
+                self._span(whole, number)[:] += rows[done : done + height].ravel()
+                done += height
+        return told.losses(), whole
+
+    def _span(self, whole: NDArray[np.float64], number: int) -> NDArray[np.float64]:
+        offsets = self._adaptation.offsets
+        return whole[offsets[number] : offsets[number + 1]]
+
+    def _matrices(self, values: Floats) -> dict[str, Floats]:
+        """B of each role, (d_out, r)."""
+        return {
+            role: np.stack([self._adaptation.part(number, values) for number in slots], axis=1)
+            for role, slots in self._slots.items()
+        }
+
+    def _low(self, role: str, entering: Floats) -> Floats:
+        if role not in self._a:
+            return np.zeros((*entering.shape[:-1], 0), np.float32)
+        return entering @ self._a[role].T
+
+    def _site(self, example: Example, stream: Floats, m: int) -> BlockSites:
+        weights = self._weights
+        entering = weights.norm(stream, "attn_norm")
+        half, at = np.float16, entering[-m:]
+        return BlockSites(
+            keys=weights.through("attn_k", entering).astype(half),
+            values=weights.through("attn_v", entering).astype(half),
+            low_keys=self._low("attn_k", entering).astype(half),
+            low_values=self._low("attn_v", entering).astype(half),
+            queries=weights.through("attn_q", at),
+            low_queries=self._low("attn_q", at),
+            stream=stream[-m:].copy(),
+            beside=np.zeros_like(stream[-m:]),
+            targets=example.targets,
+        )
+
+    def _batch(self, sites: Sequence[BlockSites]) -> _Batch:
+        lengths = np.array([len(one.keys) for one in sites])
+        counts = np.array([len(one.targets) for one in sites])
+        n, m = int(lengths.max()), int(counts.max())
+        steps = np.arange(m)
+        at = np.where(steps < counts[:, None], (lengths - counts)[:, None] + steps, -1)
+        targets = np.zeros((len(sites), m), np.int64)
+        for row, one in zip(targets, sites, strict=True):
+            row[: len(one.targets)] = one.targets
+        return _Batch(
+            *(
+                _padded([getattr(one, name) for one in sites], n)
+                for name in ("keys", "values", "low_keys", "low_values")
+            ),
+            *(
+                _padded([getattr(one, name) for one in sites], m)
+                for name in ("queries", "low_queries", "stream", "beside")
+            ),
+            at=at,
+            targets=targets,
+        )
+
+    def _forward(self, batch: _Batch, matrices: dict[str, Floats]) -> _Passed:
+        weights = self._weights
+        b, n = batch.keys.shape[:2]
+        m = batch.at.shape[1]
+        low = {"attn_q": batch.low_queries, "attn_k": batch.low_keys, "attn_v": batch.low_values}
+
+        def moved(role: str, base: Floats) -> Floats:
+            if role not in matrices:
+                return base
+            return np.add(base, low[role] @ matrices[role].T, dtype=np.float32)
+
+        raw_queries = weights.heads(moved("attn_q", batch.queries))
+        raw_keys = weights.heads(moved("attn_k", batch.keys))
+        values = weights.heads(moved("attn_v", batch.values))
+        at = np.maximum(batch.at, 0)
+        queries = weights.rotary.turned(weights.head_norm(raw_queries, "attn_q_norm"), at)
+        keys = weights.rotary.turned(weights.head_norm(raw_keys, "attn_k_norm"), np.arange(n))
+        queries = weights.by_group(queries)  # (B, K, m g, D)
+        keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)  # (B, K, n, D)
+        scores = queries @ keys.swapaxes(2, 3) * np.float32(weights.scale)
+        hidden = np.arange(n) > at[:, :, None]  # (B, m, n)
+        shape = (b, weights.pairs, m, weights.group, n)
+        scores = scores.reshape(shape)
+        scores = np.where(hidden[:, None, :, None, :], np.float32(-np.inf), scores)
+        scores -= scores.max(axis=-1, keepdims=True)
+        shares = np.exp(scores)
+        shares /= shares.sum(axis=-1, keepdims=True)
+        shares = shares.reshape(b, weights.pairs, m * weights.group, n)
+        mixed = weights.from_group(shares @ values, m)  # (B, m, H D)
+
+        def through(role: str, entering: Floats) -> Floats:
+            low[role] = self._low(role, entering)
+            return moved(role, weights.through(role, entering))
+
+        after = batch.stream + through("attn_output", mixed)
+        normed = weights.norm(after, "ffn_norm")
+        gate, up = through("ffn_gate", normed), through("ffn_up", normed)
+        last = after + through("ffn_down", silu(gate) * up)
+        state = weights.norm(last, "output_norm") + batch.beside
+        return _Passed(
+            low, raw_keys, raw_queries, keys, values, queries, shares, after, normed, gate, up,
+            last, state,
+        )  # fmt: skip
+
+    def _backward(
+        self, batch: _Batch, matrices: dict[str, Floats], passed: _Passed, slopes: Floats
+    ) -> dict[str, NDArray[np.float64]]:
+        """The gradient with respect to each B, (d_out, r), from that of the final states."""
+        weights = self._weights
+        m = batch.at.shape[1]
+        found: dict[str, NDArray[np.float64]] = {}
+
+        def into(role: str, outgoing: Floats) -> Floats:
+            """The gradient of what enters a matrix; its B's gradient is found on the way."""
+            back = weights.back_through(role, outgoing)
+            if role in matrices:
+                found[role] = _outer(outgoing, passed.low[role])
+                below = (outgoing @ matrices[role]) @ self._a[role]
+                return np.add(back, below, dtype=np.float32)
+            return back
+
+        last = weights.norm_back(passed.last, "output_norm", slopes)
+        inner = into("ffn_down", last)
+        opened = sigmoid(passed.gate)
+        up = inner * passed.gate * opened
+        gate = np.multiply(
+            inner * passed.up, opened * (_ONE + passed.gate * (_ONE - opened)), dtype=np.float32
+        )
+        normed = into("ffn_gate", gate) + into("ffn_up", up)
+        after = last + weights.norm_back(passed.after, "ffn_norm", normed)
+        mixed = weights.by_group(weights.heads(into("attn_output", after)))
+        shares = mixed @ passed.values.swapaxes(2, 3)
+        values = passed.shares.swapaxes(2, 3) @ mixed
+        shares -= (shares * passed.shares).sum(axis=-1, keepdims=True)
+        scores = shares * passed.shares * np.float32(weights.scale)
+        queries = weights.heads(weights.from_group(scores @ passed.keys, m))
+        keys = (scores.swapaxes(2, 3) @ passed.queries).swapaxes(1, 2)  # (B, n, K, D)
+        if "attn_q" in matrices:
+            queries = weights.rotary.turned(queries, np.maximum(batch.at, 0), back=True)
+            queries = weights.head_norm_back(passed.raw_queries, "attn_q_norm", queries)
+            found["attn_q"] = _outer(_flat(queries), passed.low["attn_q"])
+        if "attn_k" in matrices:
+            keys = weights.rotary.turned(keys, np.arange(keys.shape[1]), back=True)
+            keys = weights.head_norm_back(passed.raw_keys, "attn_k_norm", keys)
+            found["attn_k"] = _outer(_flat(keys), passed.low["attn_k"])
+        if "attn_v" in matrices:
+            found["attn_v"] = _outer(_flat(values.swapaxes(1, 2)), passed.low["attn_v"])
+        return found
+
+    def _head(self, states: Floats, targets: NDArray[np.int64], values: Floats) -> "_Head":
+        """Losses of s sites with final `states` (s, E) and `targets` (s,)."""
+        largest = np.full(len(states), -np.inf)
+        total, at_target = np.zeros(len(states)), np.zeros(len(states))
+        for low, rows in self._output(values):
+            logits = states @ rows.T
+            top = np.maximum(largest, logits.max(axis=1))
+            here = np.flatnonzero((targets >= low) & (targets < low + len(rows)))
+            at_target[here] = logits[here, targets[here] - low]
+            logits -= top[:, None].astype(np.float32)
+            np.exp(logits, out=logits)
+            total = total * np.exp(largest - top)
+            total += logits.sum(axis=1, dtype=np.float64)
+            largest = top
+        normaliser = np.log(total) + largest
+        return _Head(normaliser, normaliser - at_target, at_target >= largest)
+
+    def _head_back(
+        self, states: Floats, targets: NDArray[np.int64], values: Floats, head: "_Head"
+    ) -> tuple[Floats, NDArray[np.float64]]:
+        """The slopes of the states, (s, E), and of the adapted rows, (r, E)."""
+        back = np.zeros_like(states)
+        adapted = self._places()
+        found = np.zeros((len(adapted), states.shape[1]))
+        normaliser = head.normaliser[:, None].astype(np.float32)
+        for low, rows in self._output(values):
+            shares = states @ rows.T
+            shares -= normaliser
+            np.exp(shares, out=shares)
+            here = np.flatnonzero((targets >= low) & (targets < low + len(rows)))
+            shares[here, targets[here] - low] -= _ONE
+            back += shares @ rows
+            inside = np.flatnonzero((adapted >= low) & (adapted < low + len(rows)))
+            found[inside] = shares[:, adapted[inside] - low].T @ states
+        return back, found
+
+    def _places(self) -> NDArray[np.int64]:
+        """Where each adapted row stands among those that losses are over; -1: it does not."""
+        adapted = self._adaptation.output_rows
+        if self._choices is None:
+            return adapted
+        places = {token: place for place, token in enumerate(self._choices.tolist())}
+        return np.array([places.get(row, -1) for row in adapted.tolist()], np.int64)
+
+    def _output(self, values: Floats) -> Iterator[tuple[int, Floats]]:
+        """The rows that losses are over, with theta's part, a run at a time: (c, E)."""
+        adapted = self._places()
+        parts = [self._adaptation.part(number, values) for number in self._rows]
+        deltas = np.concatenate(parts) if parts else values[:0]
+        for low, rows in self._weights.output(self._choices):
+            inside = np.flatnonzero((adapted >= low) & (adapted < low + len(rows)))
+            if len(inside):
+                rows = rows.copy()
+                rows[adapted[inside] - low] += deltas[inside]
+            yield low, rows
+
+    def _groups(self, sites: Sequence[BlockSites]) -> list[NDArray[np.int64]]:
+        """Which examples go together: of similar length, and so many that memory bears them."""
+        lengths = np.array([len(one.keys) for one in sites])
+        counts = np.array([len(one.targets) for one in sites])
+        weights = self._weights
+        entries = lengths * weights.pairs * (weights.head_width + counts * weights.group)
+        entries += counts * weights.inner_width
+        order = np.lexsort((counts, lengths))
+        groups: list[NDArray[np.int64]] = []
+        first, most = 0, 0
+        for last, number in enumerate(order.tolist()):
+            most = max(most, int(entries[number]))
+            if most * (last - first + 1) > _AT_ONCE and last > first:
+                groups.append(order[first:last])
+                first, most = last, int(entries[number])
+        return [*groups, order[first:]] if len(order) else []
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """What the output rows say of s sites, (s,) each."""
+
+    normaliser: NDArray[np.float64]
+    losses: NDArray[np.float64]
+    right: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """Losses of examples as they are found, a group at a time."""
+
+    loss: NDArray[np.float64]
+    weight: NDArray[np.int64]
+    right: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, sites: Sequence[BlockSites]) -> "_Told":
+        weight = np.array([len(one.targets) for one in sites], np.int64)
+        return cls(np.zeros(len(sites)), weight, np.ones(len(sites), np.bool_))
+
+    def take(self, chosen: NDArray[np.int64], batch: _Batch, head: _Head) -> None:
+        owners = chosen[np.nonzero(batch.real)[0]]
+        np.add.at(self.loss, owners, head.losses)
+        np.logical_and.at(self.right, owners, head.right)
+
+    def losses(self) -> Losses:
+        return Losses(self.loss, self.weight, self.right)
+
+
+def _padded(parts: Sequence[NDArray[np.floating]], size: int) -> Floats:
+    """(B, size, d) float32, zero beyond each part's (n, d)."""
+    found = np.zeros((len(parts), size, parts[0].shape[1]), np.float32)
+    for row, part in zip(found, parts, strict=True):
+        row[: len(part)] = part
+    return found
+
+
+def _flat(heads: Floats) -> Floats:
+    """(B, n, h, D) to (B, n, h D)."""
+    return heads.reshape(*heads.shape[:2], -1)
+
+
+def _outer(outgoing: Floats, low: Floats) -> NDArray[np.float64]:
+    """The sum over all positions of outgoing (.., d_out) times low (.., r): (d_out, r)."""
+    return (outgoing.reshape(-1, outgoing.shape[-1]).T @ low.reshape(-1, low.shape[-1])).astype(
+        np.float64
+    )

@@ -1,0 +1,89 @@
+"""The default job at a real fleet: its last block learns, and the proxy serves what was learnt."""
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+from deploy.demo.processes import ROOT, Child
+from shared.broker import BrokerProcess
+from shared.codec import decode_manifest
+from shared.messages import (
+    AdapterEvaluated,
+    EpochOpened,
+    JobEnded,
+    JobOpened,
+    ModelPublished,
+    RoundClosed,
+)
+from tests.support import tiny_gguf
+from tests.support.fleet import Fleet, fleet_on, rows, write_rows
+from tests.support.serving import a_proxy
+
+DEVICES, ROUNDS, HELDOUT = 3, 2, 60
+TEMPLATE = "{text} is "
+"""It ends in a space, so that the tokens of both labels' words begin with their own letters."""
+
+
+async def start_device(fleet: Fleet, number: int, model: Path) -> None:
+    """A device with llama.cpp and rows of its own; the first is trusted."""
+    name = f"d{number}"
+    data = write_rows(fleet.folder / f"{name}.jsonl", rows(40, offset=40 * number))
+    arguments = ["--device", name, "--servers", *fleet.servers, "--models", str(model)]
+    arguments += ["--data", str(data), "--state-dir", str(fleet.folder / "state" / name)]
+    if not number:
+        heldout = write_rows(fleet.folder / "heldout.jsonl", rows(HELDOUT, offset=100_000))
+        arguments += ["--heldout", str(heldout), "--trusted", "true"]
+    fleet.devices[name] = Child(name, "edge_client", arguments, fleet.folder / f"{name}.log")
+    await fleet.devices[name].start()
+
+
+async def submit(fleet: Fleet, model: Path) -> str:
+    """What the command line says of a job with nothing asked but its size."""
+    line = f"job submit --name mail --model {model} --labels fruit,metal --rounds {ROUNDS}"
+    line += f" --enough-devices {DEVICES} --deadline 20 --evaluate-every 1"
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "services.console", *line.split(), "--template", TEMPLATE),
+        *("--servers", *fleet.servers),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        cwd=ROOT,
+    )
+    said, _ = await process.communicate()
+    assert process.returncode == 0, said.decode()
+    return said.decode()
+
+
+async def test_a_fleet_learns_by_its_last_block_and_the_proxy_answers_as_it_was_evaluated(
+    broker: BrokerProcess, tmp_path: Path
+) -> None:
+    model = tiny_gguf.write(tmp_path / "tiny.gguf")
+    async with fleet_on(broker, tmp_path) as fleet:
+        for number in range(DEVICES):
+            await start_device(fleet, number, model)
+        assert "(lora_b, output_rows)" in await submit(fleet, model)
+        async with asyncio.timeout(100):
+            events = await fleet.events_until("mail")
+        assert isinstance(events[-1], JobEnded), fleet.logs()
+        (opened,) = [event for event in events if isinstance(event, JobOpened)]
+        (epoch,) = [event for event in events if isinstance(event, EpochOpened)]
+        assert opened.spec.tuning.local_steps
+        tensors = {block.tensor for block in decode_manifest(epoch.manifest).blocks}
+        names = ("attn_q", "attn_k", "attn_v", "attn_output")
+        assert tensors == {"output.weight", *(f"blk.1.{name}.weight" for name in names)}
+        closes = [event for event in events if isinstance(event, RoundClosed) and event.commit]
+        assert [close.devices for close in closes] == [DEVICES] * ROUNDS
+        first, *_, last = [event for event in events if isinstance(event, AdapterEvaluated)]
+        assert last.loss < 0.8 * first.loss
+        assert last.correct > 0.7 * last.examples == 0.7 * HELDOUT
+
+        arguments = ("--model", str(model), "--servers", *fleet.servers)
+        async with a_proxy(tmp_path / "proxy", *arguments) as proxy:
+            published = [event for event in events if isinstance(event, ModelPublished)]
+            await proxy.serves(f"mail@{published[-1].round}")
+            right = 0
+            for row in rows(HELDOUT, offset=100_000):
+                status, answer = await proxy.post("/v1/classify", {"text": row["text"]})
+                assert status == 200, json.dumps(answer)
+                right += answer["label"] == row["label"]
+            assert abs(right - last.correct) <= 1  # a tie may fall otherwise in another batch
