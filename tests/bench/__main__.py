@@ -19,6 +19,7 @@ NAMES = (
     "herd",
     "away",
     "late",
+    "learn",
 )
 
 

@@ -4,6 +4,12 @@ Baseline of the speeds: llama_decode alone, of the same batches of 512 tokens wi
 read, in the same process, alternating with the probes. A probe's time is all of it: tokens,
 directions, rewritten adapters, decoding, losses. Times are the process's own CPU seconds, of one
 thread: other work on the machine does not count. Baseline of the memory: a process that decodes.
+
+Backpropagation: LoRA of the same rank on the same matrices, by torch, peft and AdamW, on a model of
+the same shape and a batch of as many rows and tokens, with logits at the last position alone. torch
+cannot train through Q8_0, so its weights are bfloat16 or float32, whichever peaks lower; without
+gradient checkpointing, which would trade a further pass for activations. Its peak holds torch
+itself, as ours holds llama.cpp: `edge.backprop_framework_mb` says how much that is.
 """
 
 import asyncio
@@ -58,12 +64,17 @@ async def figures() -> list[Figure]:
         ]
         training = await _training_mb(model, str(data))
         inference = float(_in_a_process("inference", model))
+        peaks = [json.loads(_in_a_process("backprop", kind)) for kind in ("bfloat16", "float32")]
         agent, bare = await _agent_rss_mb(Path(folder), data)
+    framework, backprop = min(peaks, key=lambda one: one[1])
     return [
         *found,
         Figure("edge.memory_ratio", training / inference, "ratio", 1.0, target=1.1),
         Figure("edge.agent_rss_mb", agent, "MB", bare, target=60),
         Figure("edge.training_peak_mb", training, "MB", inference),
+        Figure("edge.backprop_memory_ratio", backprop / inference, "ratio", training / inference),
+        Figure("edge.backprop_peak_mb", backprop, "MB", training),
+        Figure("edge.backprop_framework_mb", framework, "MB"),
     ]
 
 
@@ -188,6 +199,44 @@ def _inference_mb(model: str) -> float:
     decode = _plain_decoder(model)
     for _ in range(4):
         decode(layout.batches(examples, 512, ROWS, ROWS))
+    return _peak_mb()
+
+
+def _backprop_mb(dtype: str) -> tuple[float, float]:
+    """Peak memory of a process before it has a model, and after steps of backpropagation, MB."""
+    import torch  # only this process needs them
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.set_num_threads(1)
+    torch.set_default_dtype(getattr(torch, dtype))
+    framework = _peak_mb()
+    shape = LlamaConfig(
+        hidden_size=SHAPE.width,
+        num_hidden_layers=SHAPE.layers,
+        num_attention_heads=SHAPE.heads,
+        num_key_value_heads=SHAPE.kv_heads,
+        intermediate_size=SHAPE.feed_forward,
+        vocab_size=SHAPE.vocabulary,
+        max_position_embeddings=SHAPE.context,
+        tie_word_embeddings=False,
+    )
+    lora = LoraConfig(r=RANK, target_modules=["q_proj", "v_proj"])
+    model: Any = get_peft_model(LlamaForCausalLM(shape), lora)
+    trained = [one for one in model.parameters() if one.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    for _ in range(4):
+        tokens = torch.randint(5, 300, (ROWS, TOKENS_A_ROW))
+        logits = model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits[:, 0, :2]
+        loss = torch.nn.functional.cross_entropy(logits, torch.arange(ROWS) % 2)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return framework, _peak_mb()
+
+
+def _peak_mb() -> float:
+    """Highest resident memory of this process, MB."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))
     return float(peak.split()[1]) / 1024
@@ -230,8 +279,12 @@ async def _agent_rss_mb(folder: Path, data: Path) -> tuple[float, float]:
 
 def main() -> None:
     what, *arguments = sys.argv[1:]
-    found = _speed(*arguments) if what == "speed" else _inference_mb(*arguments)
-    sys.stdout.write(json.dumps(found))
+    measures: dict[str, Callable[..., object]] = {
+        "speed": _speed,
+        "inference": _inference_mb,
+        "backprop": _backprop_mb,
+    }
+    sys.stdout.write(json.dumps(measures[what](*arguments)))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ class Figure:
     baseline: float | None = None
     target: float | None = None
     """What DESIGN asks for, as printed beside it; not a baseline."""
+    reached: bool | None = None
+    """Whether what is counted came about; if not, `value` is what was spent on the attempt."""
 
     def line(self) -> str:
         ratio = self.value / self.baseline if self.baseline else None
@@ -26,6 +28,8 @@ class Figure:
         }
         if self.target is not None:
             record["target"] = self.target
+        if self.reached is not None:
+            record["reached"] = self.reached
         return json.dumps(record)
 
 
