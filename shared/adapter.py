@@ -92,7 +92,7 @@ class Layout:
         """
         for number, block in enumerate(self.manifest.blocks):
             where = f"block {number} ({block.kind} of {block.tensor})"
-            if block.kind == "output_rows":
+            if block.kind in ("output_rows", "prompt"):
                 if len(block.shape) != 2 or block.shape[0] != len(block.rows):
                     raise MalformedMessage(f"{where}: shape must be [rows, n_embd]")
             elif len(block.shape) != 1:

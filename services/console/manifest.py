@@ -14,17 +14,19 @@ from msgspec import Meta
 from services.console.failure import Failure
 from shared.adapter import Layout
 from shared.codec import encode_manifest
+from shared.dataset import split_template
 from shared.engine.protocol import Facts
 from shared.messages import Block, Manifest, Variant
 from shared.messages.jobs import Distribution
 
 OUTPUT = "output.weight"
+EMBEDDINGS = "token_embd.weight"
 MAX_MANIFEST_BYTES = 400_000
 MAX_PARAMETERS = 2**28
 ATTENTION = (("attn_q", "attn_v"), ("attn_qkv",))
 """What LoRA is put on unless told otherwise; the first that the model has."""
 
-AdapterKind = Literal["output-rows", "lora", "control"]
+AdapterKind = Literal["output-rows", "lora", "control", "prompt"]
 
 _LAYERS = re.compile(r"^(\d+)(?:-(\d+))?$")
 _BLOCK_TENSOR = re.compile(r"^blk\.(\d+)\.(.+)\.weight$")
@@ -39,6 +41,10 @@ class AdapterOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Matrices of each layer, such as attn_q; empty: attention's."""
     layers: str = "all"
     """`all`, `3` or `2-5`, both ends included."""
+    prompt_text: Annotated[str, Meta(max_length=4000)] = ""
+    """What a soft prompt starts as; empty: what follows the text in the template, or new lines."""
+    prompt_tokens: Annotated[int, Meta(ge=0, le=256)] = 8
+    """Its length: the text's tokens again and again, the last of them; 0: the text as it is."""
     distribution: Distribution = "signs"
     """What directions are made of."""
 
@@ -64,6 +70,8 @@ def manifest(
             blocks = _lora(facts, options)
         case "control":
             blocks = _control(facts, options)
+        case "prompt":
+            blocks = _prompt(facts, options)
     made = Manifest(
         epoch=0,
         architecture=facts.architecture,
@@ -164,6 +172,27 @@ def _control(facts: Facts, options: AdapterOptions) -> list[Block]:
         Block("control", f"blk.{layer}", [facts.n_embd], layer=layer)
         for layer in layer_numbers(options.layers, 1, facts.n_layer)
     ]
+
+
+def prompt_text(options: AdapterOptions, template: str) -> str:
+    """What the engine is asked to tokenize for a soft prompt; empty where none is wanted."""
+    if options.kind != "prompt":
+        return ""
+    return options.prompt_text or split_template(template)[1] or "\n"
+
+
+def _prompt(facts: Facts, options: AdapterOptions) -> list[Block]:
+    found = facts.prompt
+    if not found:
+        raise Failure("the soft prompt has no tokens to start as; give --prompt-text")
+    count = options.prompt_tokens or len(found)
+    start = (found * -(-count // len(found)))[-count:]
+    if facts.prompt_rms <= 0:
+        raise Failure(
+            "the embeddings of the soft prompt's start are all zero; give another --prompt-text"
+        )
+    shape = [count, facts.n_embd]
+    return [Block("prompt", EMBEDDINGS, shape, rows=start, unit=facts.prompt_rms)]
 
 
 def layer_numbers(text: str, first: int, end: int) -> range:

@@ -79,11 +79,11 @@ Url = Annotated[
     typer.Option(help="An HTTPS address where devices find the model.", rich_help_panel=JOB),
 ]
 Adapter = Annotated[
-    Literal["output-rows", "lora", "control"] | None,
+    Literal["output-rows", "lora", "control", "prompt"] | None,
     typer.Option(
         help="What is tuned: the labels' rows of the output matrix (default with labels; "
-        "learns fastest), low-rank updates of matrices (default without), or a vector added "
-        "after each layer.",
+        "learns fastest), low-rank updates of matrices (default without), a vector added "
+        "after each layer, or a soft prompt before the answer (the cheapest probes on long rows).",
         rich_help_panel=ADAPTER,
     ),
 ]
@@ -101,6 +101,23 @@ Layers = Annotated[
     typer.Option(
         metavar="all|A|A-B",
         help="Layers of lora (from 0) or control (from 1), both ends included (all).",
+        rich_help_panel=ADAPTER,
+    ),
+]
+PromptText = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT",
+        help="What a soft prompt starts as, and stands for until it is tuned; it follows the "
+        r"template. \n is a new line (the template's words after {text}).",
+        rich_help_panel=ADAPTER,
+    ),
+]
+PromptTokens = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Tokens of a soft prompt: its text is repeated or cut to that; 0: as it is (8).",
         rich_help_panel=ADAPTER,
     ),
 ]

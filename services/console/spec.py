@@ -40,6 +40,7 @@ DEFAULTS: dict[AdapterKind, dict[str, Table]] = {
     },
     "lora": {},
     "control": {},
+    "prompt": {},
 }
 """Where an adapter wants other numbers than the messages' own defaults.
 

@@ -55,6 +55,8 @@ class Header:
     """Each tensor's shape in ggml's order: (d_in, d_out) for a matrix."""
     types: dict[str, str] = field(default_factory=dict[str, str])
     """Each tensor's type, such as Q8_0."""
+    places: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
+    """The number of each tensor's type in ggml, and where in the file its bytes begin."""
 
     @property
     def architecture(self) -> str:
@@ -128,6 +130,7 @@ class _Reader:
             metadata[name] = self._value(self._number("<I"))
         tensors: dict[str, tuple[int, ...]] = {}
         types: dict[str, str] = {}
+        places: dict[str, tuple[int, int]] = {}
         end = 0
         for _ in range(tensor_count):
             name = self._string()
@@ -137,6 +140,7 @@ class _Reader:
             shape = tuple(self._number("<Q") for _ in range(dimensions))
             kind, offset = self._number("<I"), self._number("<Q")
             tensors[name], types[name] = shape, _NAMES.get(kind, f"type {kind}")
+            places[name] = kind, offset
             weights, size = _BLOCKS.get(kind, (1, 0))
             end = max(end, offset + math.prod(shape) // weights * size)
         alignment = metadata.get("general.alignment", _ALIGNMENT)
@@ -148,7 +152,8 @@ class _Reader:
                 f"{self._path}: cut short: {len(self._data)} of at least {start + end} bytes; "
                 "fetch the file again"
             )
-        return Header(metadata, tensors, types)
+        places = {name: (kind, start + offset) for name, (kind, offset) in places.items()}
+        return Header(metadata, tensors, types, places)
 
     def _number(self, code: str) -> int:
         (value,) = struct.unpack_from(code, self._data, self._at)

@@ -25,6 +25,8 @@ class Inspect(Request, frozen=True):
     words: list[str] = []
     """Each is tokenized as it would follow the template's end: its first token is returned."""
     template: str = "{text}"
+    prompt: str = ""
+    """What a soft prompt would start as: its tokens, and their embeddings' size, are returned."""
 
 
 class OpenJob(Request, frozen=True):
@@ -125,6 +127,10 @@ class Facts(Answer, frozen=True):
     tokens: list[int]
     """First token of each word asked for."""
     parameters: int = 0
+    prompt: list[int] = []
+    """The tokens of the prompt asked for, as it would follow the template's end."""
+    prompt_rms: float = 0.0
+    """Root mean square of their embeddings' entries, as the first layer sees them."""
 
 
 class Held(Answer, frozen=True):

@@ -86,7 +86,7 @@ class TorchModel(Words):
 
 
 class TorchEngine:
-    def inspect(self, path: str, words: list[str], template: str) -> Facts:
+    def inspect(self, path: str, words: list[str], template: str, prompt: str = "") -> Facts:
         raise NotImplementedError
 
     def open(self, path: str, blocks: Adaptation, threads: int, max_tokens: int) -> TorchModel:

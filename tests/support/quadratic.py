@@ -57,7 +57,7 @@ class QuadraticModel(Words):
 class QuadraticEngine:
     """Opens the same model whatever the path."""
 
-    def inspect(self, path: str, words: list[str], template: str) -> Facts:
+    def inspect(self, path: str, words: list[str], template: str, prompt: str = "") -> Facts:
         raise NotImplementedError
 
     def open(self, path: str, blocks: Adaptation, threads: int, max_tokens: int) -> QuadraticModel:
