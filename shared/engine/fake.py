@@ -194,8 +194,9 @@ class FakeModel(Words):
                 moved += part
             elif block.kind == "lora_b":
                 moved += np.outer(state @ self._blocks.fixed_a(number), part)
-            elif block.kind == "prompt":
-                moved += np.outer(given.reach, block.unit * part.sum(axis=0))
+        if len(self._blocks.prompt_tokens):
+            added = self._blocks.prompt_moved(self._values).sum(axis=0)
+            moved += np.outer(given.reach, added)
         self.forwarded += given.tokens
         return moved / np.sqrt((moved**2).mean(axis=1, keepdims=True) + 1e-6), given
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+from msgspec import UNSET
 from numpy.typing import NDArray
 
 from shared import directions
@@ -193,6 +194,16 @@ class Adaptation:
         """What the soft prompt starts as: (p,) int32, p = 0 where there is none."""
         tokens = [token for block in self.blocks if block.kind == "prompt" for token in block.rows]
         return np.array(tokens, np.int32)
+
+    def prompt_moved(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What `values` (d,) add to the embeddings of `prompt_tokens`: (p, n_embd) float32."""
+        return np.concatenate(
+            [
+                np.float32(block.unit) * self.part(number, values)
+                for number, block in enumerate(self.blocks)
+                if block.kind == "prompt" and block.unit is not UNSET
+            ]
+        )
 
     def fixed_a(self, number: int) -> NDArray[np.float32]:
         """The row of the fixed A that belongs to LoRA block `number`: (d_in,) float32."""

@@ -41,7 +41,6 @@ class Inputs:
     def __init__(self, embeddings: Embeddings, blocks: Adaptation) -> None:
         self._embeddings = embeddings
         self._blocks = blocks
-        self._numbers = numbers(blocks, "prompt")
         self._start = embeddings.rows(blocks.prompt_tokens)
         self._rows = self._start
         self.prompt = -1 - np.arange(len(self._start), dtype=np.int32)
@@ -49,10 +48,7 @@ class Inputs:
 
     def set(self, values: NDArray[np.float32]) -> None:
         """The prompt is that of `values` (d,)."""
-        blocks = [self._blocks.blocks[number] for number in self._numbers]
-        parts = [self._blocks.part(number, values) for number in self._numbers]
-        moved = [np.float32(block.unit) * part for block, part in zip(blocks, parts, strict=True)]
-        self._rows = self._start + np.concatenate(moved)
+        self._rows = self._start + self._blocks.prompt_moved(values)
 
     def of(self, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
         """(n,) -> (n, n_embd) float32."""

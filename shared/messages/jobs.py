@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
 from shared.messages.base import Count, Digest, Finite, Label, Message, Name, Record, Round, Seconds
 
@@ -30,8 +30,8 @@ class Block(Record, frozen=True):
     d_in: Annotated[int, Meta(ge=0, le=2**24)] = 0
     layer: Annotated[int, Meta(ge=0, lt=4096)] = 0
     rows: Annotated[list[Annotated[int, Meta(ge=0)]], Meta(max_length=2**16)] = []
-    unit: Annotated[float, Meta(gt=0.0, le=1e6)] = 1.0
-    """Of a prompt: what a parameter of 1 adds to an embedding as the first layer sees it."""
+    unit: Annotated[float, Meta(gt=0.0, le=1e6)] | UnsetType = UNSET
+    """Of a prompt alone: what a parameter of 1 adds to an embedding as the first layer sees it."""
 
 
 class Variant(Record, frozen=True):

@@ -6,7 +6,6 @@ called PEFT's, and the card says how it is used.
 
 from pathlib import Path
 
-import numpy as np
 from safetensors.numpy import save_file
 
 from services.console.export.tuned import Tuned
@@ -36,12 +35,8 @@ def unwritten(form: str, tuned: Tuned) -> str:
 
 def write(tuned: Tuned, folder: Path) -> list[Path]:
     """`start` (p,) int32 and `added` (p, n_embd) F32 are in `folder`/JOB-prompt.safetensors."""
-    values = tuned.adapter.values()
-    added = [
-        np.float32(block.unit) * tuned.blocks.part(number, values)
-        for number, block in enumerate(tuned.blocks.blocks)
-    ]
     path = folder / f"{tuned.job}-prompt.safetensors"
-    tensors = {"start": tuned.blocks.prompt_tokens, "added": np.concatenate(added)}
+    added = tuned.blocks.prompt_moved(tuned.adapter.values())
+    tensors = {"start": tuned.blocks.prompt_tokens, "added": added}
     save_file(tensors, path, {"format": "pt", "seedwire.job": tuned.job})
     return [path]
