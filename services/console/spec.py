@@ -40,7 +40,7 @@ DEFAULTS: dict[AdapterKind, dict[str, Table]] = {
     },
     "lora": {},
     "control": {},
-    "prompt": {},
+    "prompt": {"tuning": {"eps": 0.1, "step": 0.03, "momentum": 230}},
 }
 """Where an adapter wants other numbers than the messages' own defaults.
 

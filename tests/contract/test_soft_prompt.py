@@ -1,4 +1,4 @@
-"""A soft prompt behind the rows' texts: what llama.cpp says with it, and what a probe of it sends."""
+"""A soft prompt behind the rows' texts: what llama.cpp says with it, and what a probe sends."""
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
@@ -100,6 +100,7 @@ def test_a_probe_sends_prompt_and_answer_and_says_what_a_whole_pass_says_bit_for
     first = soft.measure(rows).loss
     texts = sum(row.asked for row in rows)
     assert soft.forwarded == texts + SENT[loss]
+    said = first
     for number in range(1, 4):
         soft.stand(random_values(number))
         said = soft.measure([*rows]).loss  # known by what the rows are, not by the list
@@ -221,7 +222,7 @@ def test_slopes_are_autograds(tmp_path: Path, architecture: str, loss: str) -> N
         z[random.permutation(values.size)[: values.size // 2]] = 0.0
         sides: list[float] = []
         for sign in (1.0, -1.0):
-            model.stand(values + np.float32(sign * eps) * z)
+            model.stand((values + sign * eps * z).astype(np.float32))
             sides.append(float(model.measure(rows).loss.sum()))
         slopes.append((sides[0] - sides[1]) / (2 * eps))
         products.append(float(gradient @ z))
@@ -233,7 +234,7 @@ def test_rows_are_cut_so_that_the_prompt_fits(a_model: Opener) -> None:
     task = Task("tokens", max_tokens=40)
     assert with_prompt(task, an_adaptation("llama", PROMPT)).max_tokens == 35
     assert with_prompt(task, an_adaptation("llama", CONTROL)) is task
-    with pytest.raises(EngineError, match="max_tokens 12 leaves no room.*use at least 13"):
+    with pytest.raises(EngineError, match=r"max_tokens 12 leaves no room.*use at least 13"):
         with_prompt(Task("tokens", max_tokens=12), an_adaptation("llama", PROMPT))
     long = Example(np.full(600, 5, np.int32), np.array([1], np.int32))
     with pytest.raises(EngineError, match="600 tokens; at most 512 fit"):
