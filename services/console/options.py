@@ -109,7 +109,7 @@ PromptText = Annotated[
     typer.Option(
         metavar="TEXT",
         help="What a soft prompt starts as, and stands for until it is tuned; it follows the "
-        r"template. \n is a new line (the template's words after {text}).",
+        r"template. \n is a new line, and the default.",
         rich_help_panel=ADAPTER,
     ),
 ]

@@ -8,7 +8,7 @@ from typing import Literal
 
 from services.console.client import ask
 from services.console.failure import Failure, Usage
-from services.console.manifest import manifest, prompt_text
+from services.console.manifest import manifest
 from services.console.printing import Printer
 from services.console.spec import Wanted
 from services.console.transfer import digest, upload
@@ -98,12 +98,12 @@ async def inspect(submission: Submission) -> Facts:
         EngineError: it cannot be read or is not supported.
     """
     engine = EngineProcess(submission.engine)
-    task = submission.wanted.spec.task
+    task, adapter = submission.wanted.spec.task, submission.wanted.adapter
     question = Inspect(
         str(submission.model),
         list(task.labels.values()),
         task.template,
-        prompt_text(submission.wanted.adapter, task.template),
+        adapter.prompt_text if adapter.kind == "prompt" else "",
     )
     try:
         facts = await engine.ask(question, timeout_s=INSPECT_S)

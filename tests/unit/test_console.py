@@ -42,6 +42,8 @@ def some_facts(*, layers: int = 4, width: int = 8, tied: bool = False, tokens: i
         tied=tied,
         matrices=matrices,
         tokens=list(range(50, 50 + tokens)),
+        prompt=[7, 8, 9],
+        prompt_rms=0.25,
     )
 
 
@@ -58,7 +60,7 @@ def build(facts: Facts, options: AdapterOptions, *, labels: int = 0) -> Manifest
     width=st.sampled_from([8, 16, 64]),
     rank=st.integers(1, 5),
     labels=st.integers(2, 9),
-    kind=st.sampled_from(["output-rows", "lora", "control"]),
+    kind=st.sampled_from(["output-rows", "lora", "control", "prompt"]),
 )
 def test_whatever_it_builds_is_an_adapter_of_the_model(
     layers: int, width: int, rank: int, labels: int, kind: AdapterKind
@@ -73,6 +75,7 @@ def test_whatever_it_builds_is_an_adapter_of_the_model(
         "output-rows": labels * width,
         "lora": layers * rank * (width + width // 2),
         "control": (layers - 1) * width,
+        "prompt": 8 * width,
     }
     assert made.d == expected[kind]
     for block in made.blocks:
@@ -93,6 +96,16 @@ def test_control_spares_the_first_layer_and_lora_does_not() -> None:
     assert [block.tensor for block in lora.blocks] == [
         f"blk.{layer}.{name}.weight" for name in ("attn_q", "attn_v") for layer in (0, 1)
     ]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows"), [(8, [8, 9, 7, 8, 9, 7, 8, 9]), (2, [8, 9]), (0, [7, 8, 9])]
+)
+def test_a_prompt_repeats_its_text_or_takes_its_end_and_counts_in_its_size(
+    tokens: int, rows: list[int]
+) -> None:
+    (block,) = build(some_facts(), AdapterOptions(kind="prompt", prompt_tokens=tokens)).blocks
+    assert (block.rows, block.shape, block.unit) == (rows, [len(rows), 8], 0.25)
 
 
 def test_two_words_with_the_same_first_token_are_refused_by_name() -> None:
@@ -117,6 +130,12 @@ def test_two_words_with_the_same_first_token_are_refused_by_name() -> None:
         (some_facts(), AdapterOptions(kind="lora", layers="some"), 0, "2-5"),
         (some_facts(), AdapterOptions(kind="lora", rank=4096), 0, "lower --rank"),
         (some_facts(layers=1), AdapterOptions(kind="control"), 0, "too few"),
+        (
+            msgspec.structs.replace(some_facts(), prompt=[]),
+            AdapterOptions(kind="prompt"),
+            0,
+            "give --prompt-text",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_with_the_mend(
