@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.engine.gguf_file import Header
-from shared.engine.native import dequantised, row_bytes
+from shared.engine.native import as_floats, row_bytes
 
 TABLE = "token_embd.weight"
 _SCALED = ("gemma3",)
@@ -28,7 +28,9 @@ class Embeddings:
 
     def rows(self, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
         """(n,) -> (n, n_embd) float32."""
-        return dequantised(self._kind, self._table[tokens], self.width) * self._scale
+        packed = np.ascontiguousarray(self._table[tokens]).reshape(-1)
+        found = as_floats(packed.data, self._kind, len(tokens) * self.width)
+        return found.reshape(len(tokens), self.width) * self._scale
 
 
 def rms(rows: NDArray[np.float32]) -> float:

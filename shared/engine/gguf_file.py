@@ -56,7 +56,7 @@ class Header:
     types: dict[str, str] = field(default_factory=dict[str, str])
     """Each tensor's type, such as Q8_0."""
     places: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
-    """The number of each tensor's type in ggml, and where in the file its bytes begin."""
+    """Each tensor's type as ggml numbers it, and where its bytes begin in the file."""
 
     @property
     def architecture(self) -> str:
@@ -130,7 +130,7 @@ class _Reader:
             metadata[name] = self._value(self._number("<I"))
         tensors: dict[str, tuple[int, ...]] = {}
         types: dict[str, str] = {}
-        places: dict[str, tuple[int, int]] = {}
+        offsets: dict[str, tuple[int, int]] = {}
         end = 0
         for _ in range(tensor_count):
             name = self._string()
@@ -140,7 +140,7 @@ class _Reader:
             shape = tuple(self._number("<Q") for _ in range(dimensions))
             kind, offset = self._number("<I"), self._number("<Q")
             tensors[name], types[name] = shape, _NAMES.get(kind, f"type {kind}")
-            places[name] = kind, offset
+            offsets[name] = (kind, offset)
             weights, size = _BLOCKS.get(kind, (1, 0))
             end = max(end, offset + math.prod(shape) // weights * size)
         alignment = metadata.get("general.alignment", _ALIGNMENT)
@@ -152,7 +152,7 @@ class _Reader:
                 f"{self._path}: cut short: {len(self._data)} of at least {start + end} bytes; "
                 "fetch the file again"
             )
-        places = {name: (kind, start + offset) for name, (kind, offset) in places.items()}
+        places = {name: (kind, start + offset) for name, (kind, offset) in offsets.items()}
         return Header(metadata, tensors, types, places)
 
     def _number(self, code: str) -> int:

@@ -19,7 +19,6 @@ native: Any = typed
 
 _ERROR_LEVEL = 4
 _MMAP_THRESHOLD = -3
-_FLOAT32 = 0
 
 _said: deque[str] = deque(maxlen=3)
 """The last errors that llama.cpp logged."""
@@ -87,45 +86,38 @@ read_tensor: Any = _ggml.libggml.ggml_backend_tensor_get
 read_tensor.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
 read_tensor.restype = None
 
-
-class _TypeTraits(ctypes.Structure):
-    """What ggml knows of a type of tensor."""
-
-    _fields_ = (
-        ("name", ctypes.c_char_p),
-        ("block_weights", ctypes.c_int64),
-        ("block_interleave", ctypes.c_int64),
-        ("block_bytes", ctypes.c_size_t),
-        ("quantised", ctypes.c_bool),
-        ("to_float", ctypes.c_void_p),
-        ("from_float", ctypes.c_void_p),
-    )
-
-
-_to_float = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
-_traits: Any = _ggml.libggml.ggml_get_type_traits
-_traits.argtypes, _traits.restype = [ctypes.c_int], ctypes.POINTER(_TypeTraits)
 _row_bytes: Any = _ggml.libggml.ggml_row_size
 _row_bytes.argtypes, _row_bytes.restype = [ctypes.c_int, ctypes.c_int64], ctypes.c_size_t
 
 
+class _Traits(ctypes.Structure):
+    """ggml.h: struct ggml_type_traits."""
+
+    _fields_ = [
+        ("type_name", ctypes.c_char_p),
+        ("blck_size", ctypes.c_int64),
+        ("blck_size_interleave", ctypes.c_int64),
+        ("type_size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
+    ]
+
+
+_traits: Any = _ggml.libggml.ggml_get_type_traits
+_traits.argtypes, _traits.restype = [ctypes.c_int], ctypes.POINTER(_Traits)
+_F32 = 0
+
+
 def row_bytes(kind: int, width: int) -> int:
-    """What a row of `width` numbers of ggml's type `kind` takes in a file."""
+    """Bytes of `width` weights of ggml's type `kind`."""
     return int(_row_bytes(kind, width))
 
 
-def dequantised(kind: int, data: NDArray[np.uint8], width: int) -> NDArray[np.float32]:
-    """Rows (n, row_bytes) of ggml's type `kind` as llama.cpp looks them up: (n, width) float32.
-
-    Raises:
-        EngineError: this llama.cpp keeps its types otherwise than we know.
-    """
-    if kind == _FLOAT32:
-        return data.view("<f4").astype(np.float32)
-    traits = _traits(kind).contents
-    if traits.block_bytes * width != data.shape[1] * traits.block_weights or not traits.to_float:
-        raise EngineError(f"embeddings of ggml's type {kind} cannot be read with this llama.cpp")
-    found = np.empty((len(data), width), np.float32)
-    rows = np.ascontiguousarray(data)
-    _to_float(traits.to_float)(rows.ctypes.data, found.ctypes.data, found.size)
+def as_floats(data: memoryview, kind: int, count: int) -> NDArray[np.float32]:
+    """`count` weights of ggml's type `kind` that `data` holds, (count,) float32."""
+    raw = np.frombuffer(data, np.uint8)
+    if kind == _F32:
+        return raw.view(np.float32)[:count].copy()
+    found = np.empty(count, np.float32)
+    _traits(kind).contents.to_float(raw.ctypes.data, found.ctypes.data, count)
     return found
