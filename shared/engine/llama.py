@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.engine import scoring, soft_prompt
+from shared.engine import scoring
 from shared.engine.decoding import decode
 from shared.engine.embeddings import Embeddings, rms
 from shared.engine.examples import first_tokens, tokens_after
@@ -32,7 +32,7 @@ from shared.engine.native import (
     tensor_name,
 )
 from shared.engine.protocol import Facts
-from shared.engine.soft_prompt import Asked, Inputs, PromptedPasses
+from shared.engine.soft_prompt import Asked, keep_texts, prompted
 from shared.errors import EngineError
 
 if TYPE_CHECKING:
@@ -165,13 +165,7 @@ class LlamaModel(Vocabulary):
         self._context: Any = self._open_context(path, header, threads)
         self._lora = Lora(self._model, self._context, header, blocks)
         self._control = Control(self._context, self._model, blocks)
-        self._prompted: PromptedPasses | None = None
-        if len(blocks.prompt_tokens):
-            inputs = Inputs(Embeddings(path, header), blocks)
-            cells = int(native.llama_n_ctx(self._context))
-            self._prompted = PromptedPasses(
-                inputs, blocks, self._context, cells, self._batch_tokens
-            )
+        self._prompted = prompted(path, header, blocks, self._context, self._batch_tokens)
         self._laid_out: tuple[Sequence[Example], Sequence[Batch]] = ([], [])
         self._diverged = False
         self.forwarded = 0
@@ -226,9 +220,7 @@ class LlamaModel(Vocabulary):
         wanted.op_offload = False
         wanted.no_perf = True
         if len(self._blocks.prompt_tokens):
-            wanted.n_ctx = soft_prompt.cells(self._model, header, self._batch_tokens)
-            wanted.n_seq_max = soft_prompt.SEQUENCES
-            wanted.swa_full = True  # so that a text keeps what its prompt sees where it is cut back
+            keep_texts(wanted, self._model, header, self._batch_tokens)
         if len(self._rows):
             wanted.cb_eval = self._evaluated
         context = native.llama_init_from_model(self._model, wanted)

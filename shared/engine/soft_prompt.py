@@ -161,13 +161,26 @@ class PromptedPasses:
             )
 
 
-def cells(model: Any, header: Header, batch_tokens: int) -> int:
-    """How many tokens the cache of a context that keeps texts holds: at most 64 MB, if it can."""
+def prompted(
+    path: str, header: Header, blocks: Adaptation, context: Any, batch_tokens: int
+) -> PromptedPasses | None:
+    """The passes of a context that `keep_texts` was asked for; none without a prompt."""
+    if not len(blocks.prompt_tokens):
+        return None
+    inputs = Inputs(Embeddings(path, header), blocks)
+    cells = int(native.llama_n_ctx(context))
+    return PromptedPasses(inputs, blocks, context, cells, batch_tokens)
+
+
+def keep_texts(wanted: Any, model: Any, header: Header, batch_tokens: int) -> None:
+    """The context's parameters leave room for texts: 4,096 tokens, or what 64 MB hold of them."""
     heads, key_heads = native.llama_model_n_head(model), native.llama_model_n_head_kv(model)
     width = int(header.number("attention.key_length")) or native.llama_model_n_embd(model) // heads
     each = 2 * 2 * native.llama_model_n_layer(model) * key_heads * width
     room = max(min(_CELLS, _CACHE_BYTES // max(each, 1)), 2 * batch_tokens)
-    return -(-room // 256) * 256
+    wanted.n_ctx = -(-room // 256) * 256
+    wanted.n_seq_max = SEQUENCES
+    wanted.swa_full = True  # a window would have forgotten what a prompt sees, where it is cut back
 
 
 def _deeper(blocks: Adaptation) -> NDArray[np.bool_]:
