@@ -124,6 +124,8 @@ class FakeModel(Words):
         self._vectors = _signs(1, options)
         self._output = _signs(2, options) / np.sqrt(options.n_embd)
         self._prepared: _Prepared | None = None
+        self._texts: tuple[bytes, ...] = ()
+        """Whose cache would be kept behind a soft prompt."""
         self.forwarded = 0
         for block in blocks.blocks:
             width = options.n_embd
@@ -185,7 +187,10 @@ class FakeModel(Words):
         given = self._prepared
         if given is None or given.examples is not examples:
             given = self._prepared = self._prepare(examples)
-            self.forwarded += given.text_tokens
+            texts = tuple(example.tokens.tobytes() for example in examples)
+            if texts != self._texts:
+                self.forwarded += given.text_tokens
+            self._texts = texts
         state = given.states
         moved = state.copy()
         for number, block in enumerate(self._blocks.blocks):
