@@ -179,6 +179,11 @@ class LlamaModel(Vocabulary):
         if self._prompted is not None:
             self._prompted.set(values)
 
+    def parts(self, examples: Sequence[Example]) -> list[slice]:
+        if self._prompted is not None:
+            return self._prompted.parts(examples)
+        return [slice(0, len(examples))]
+
     def measure(self, examples: Sequence[Example]) -> Losses:
         loss = np.zeros(len(examples), np.float64)
         wrong = np.zeros(len(examples), np.int64)

@@ -129,6 +129,13 @@ class Model(Tokenizer, Protocol):
         """
         ...
 
+    def parts(self, examples: Sequence[Example]) -> list[slice]:
+        """Which of `examples` to measure again and again together, before the next of them.
+
+        What a part's passes have in common is kept between them.
+        """
+        ...
+
     def measure(self, examples: Sequence[Example]) -> Losses:
         """One forward pass over `examples`.
 

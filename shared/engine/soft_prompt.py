@@ -100,12 +100,16 @@ class PromptedPasses:
             self._at, self._kept = deeper, None
 
     def lay_out(self, examples: Sequence[Example], max_read: int) -> list[Asked]:
-        """`examples` in order: as many rows together as the cache has room for."""
+        """`examples` in order, part by part."""
         found: list[Asked] = []
-        sizes = [example.asked for example in examples]
-        for first, end in _runs([(sizes, self._text_cells)], SEQUENCES):
-            found += self._group(examples[first:end], first, max_read)
+        for part in self.parts(examples):
+            found += self._group(examples[part], part.start, max_read)
         return found
+
+    def parts(self, examples: Sequence[Example]) -> list[slice]:
+        """Runs of `examples` whose texts the cache holds together."""
+        sizes = [example.asked for example in examples]
+        return [slice(*run) for run in _runs([(sizes, self._text_cells)], SEQUENCES)]
 
     def forward(self, asked: Asked, *, spoiled: bool) -> int:
         """The asked positions are computed; how many were sent for that, texts included.

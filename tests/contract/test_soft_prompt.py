@@ -1,5 +1,6 @@
 """A soft prompt behind the rows' texts: what llama.cpp says with it, and what a probe sends."""
 
+import json
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -11,13 +12,18 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from shared import directions
+from shared.codec import encode_manifest
 from shared.engine.embeddings import Embeddings
 from shared.engine.examples import with_prompt
 from shared.engine.gguf_file import read_header
+from shared.engine.job import Job
 from shared.engine.llama import LlamaEngine, LlamaModel
 from shared.engine.model import Adaptation, Example
+from shared.engine.probing import NAT, probe
+from shared.engine.protocol import OpenJob, Probe
 from shared.errors import EngineError
-from shared.messages import Block, Task
+from shared.messages import Block, Manifest, Task, Variant
 from tests.support import tiny_gguf
 
 WIDTH = tiny_gguf.Shape().width
@@ -130,6 +136,40 @@ def test_rows_that_the_cache_cannot_hold_together_say_what_they_say_in_parts(
     assert len(set(whole.loss.round(3))) > 200
     soft.measure(many)
     assert soft.forwarded == 3 * 300 * 45  # nothing was kept, and all of it is counted
+    for part in soft.parts(many):
+        for _ in range(4):
+            soft.measure(many[part])
+    assert soft.forwarded == 4 * 300 * 45 + 3 * 300 * 5  # part by part all is kept
+    assert [part.start for part in soft.parts(many)][1:] == [
+        part.stop for part in soft.parts(many)
+    ][:-1]
+
+
+def test_probes_of_a_batch_beyond_the_cache_send_its_texts_twice_and_not_each_time(
+    tmp_path: Path,
+) -> None:
+    model = tiny_gguf.write(tmp_path / "tiny.gguf")
+    data = tmp_path / "rows.jsonl"
+    lines = [{"text": f"{n} " * 12, "label": str(n % 2)} for n in range(300)]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    task = Task("choices", "{text}\nIs:", {"0": " a", "1": " b"}, 96)
+    made = Manifest(0, "llama", 7, [PROMPT], [Variant("0" * 64, 1, "tiny")], 5 * WIDTH)
+    request = OpenJob("j", encode_manifest(made), task, str(model), str(data), "", device="a")
+    job = Job(request, LlamaEngine())
+    examples = job.examples(job.rows_of(1))
+    assert len(job.model.parts(examples)) > 3
+    whole = Probe("j", 1, 1, "probe", [(4, 2)], 0.05, 300, (0, 1), job.adapter.digest())
+    result = probe(job, whole)
+    texts = sum(example.asked for example in examples)
+    assert job.model.forwarded == 2 * texts + 5 * 300 * 5  # for the losses at theta, for probes
+    for place, index in enumerate((4, 5)):
+        z = directions.one(7, 1, index, 0, 5 * WIDTH, "signs")
+        sides: list[float] = []
+        for sign in (1.0, -1.0):
+            job.model.stand((sign * 0.05 * z).astype(np.float32))
+            sides.append(float(job.model.measure(examples).loss.sum()))
+        told = np.frombuffer(result.differences, "<i4")[place] / NAT
+        assert told == pytest.approx(sides[0] - sides[1], abs=1e-5)
 
 
 def test_other_blocks_that_move_have_the_texts_sent_anew(a_model: Opener) -> None:
