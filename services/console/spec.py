@@ -40,12 +40,13 @@ DEFAULTS: dict[AdapterKind, dict[str, Table]] = {
     },
     "lora": {},
     "control": {},
-    "prompt": {"tuning": {"eps": 0.1, "step": 0.03, "momentum": 230}},
+    "prompt": {"tuning": {"eps": 0.1, "step": 0.02, "momentum": 230}},
 }
 """Where an adapter wants other numbers than the messages' own defaults.
 
 Tried on ag_news with 1,500 rows, 100 rounds, exact slopes: step 0.03 with momentum 230 answers 71 %
-(llama-3m) and 59 % (llama-1m) of held-out rows, 0.1 without momentum 63 % and 58 %.
+(llama-3m) and 59 % (llama-1m) of held-out rows, 0.1 without momentum 63 % and 58 %. By probes,
+16 directions a round on 32 rows, a soft prompt of 8 tokens takes its loss from 1.89 to 1.29 in 200.
 """
 
 TABLES: dict[str, type[msgspec.Struct]] = {

@@ -6,7 +6,8 @@ Differs in: it is a suffix. What comes before it does not hang on it, so the cac
 texts is made once and a probe sends prompt and answer alone; a prefix has every probe send it all.
 It stands at the very end, after a template's words too: that is a place which every kind of row
 has, and a request that comes to be served; whoever wants a question behind the text asks it in the
-words that the prompt starts as.
+words that the prompt starts as. Measured by backprop on ag_news with llama-3m, 8 tokens, 200 steps
+of Adam: loss 0.96 here, 1.05 between the text and the template's words, 1.37 before the text.
 """
 
 from collections.abc import Iterator, Sequence

@@ -277,7 +277,7 @@ def test_rows_are_cut_so_that_the_prompt_fits(a_model: Opener) -> None:
     with pytest.raises(EngineError, match=r"max_tokens 12 leaves no room.*use at least 13"):
         with_prompt(Task("tokens", max_tokens=12), an_adaptation("llama", PROMPT))
     long = Example(np.full(600, 5, np.int32), np.array([1], np.int32))
-    with pytest.raises(EngineError, match="600 tokens; at most 512 fit"):
+    with pytest.raises(EngineError, match=r"600 tokens; at most \d+ fit"):
         a_model(PROMPT).measure([long])
 
 
