@@ -13,6 +13,7 @@ from functools import cached_property
 
 import msgspec
 import numpy as np
+from msgspec import UNSET
 from numpy.typing import NDArray
 
 from shared import directions
@@ -92,11 +93,13 @@ class Layout:
         """
         for number, block in enumerate(self.manifest.blocks):
             where = f"block {number} ({block.kind} of {block.tensor})"
-            if block.kind == "output_rows":
+            if block.kind in ("output_rows", "prompt"):
                 if len(block.shape) != 2 or block.shape[0] != len(block.rows):
                     raise MalformedMessage(f"{where}: shape must be [rows, n_embd]")
             elif len(block.shape) != 1:
                 raise MalformedMessage(f"{where}: shape must be one length")
+            if (block.kind == "prompt") == (block.unit is UNSET):
+                raise MalformedMessage(f"{where}: a prompt, and nothing else, has a unit")
             if block.kind == "lora_b" and not block.d_in:
                 raise MalformedMessage(f"{where}: d_in is missing")
         if self.d != self.manifest.d:

@@ -44,6 +44,8 @@ def submit_job(
     rank: options.Rank = None,
     targets: options.Targets = None,
     layers: options.Layers = None,
+    prompt_text: options.PromptText = None,
+    prompt_tokens: options.PromptTokens = None,
     method: options.Method = None,
     how: options.How = None,
     rounds: options.Rounds = None,
@@ -84,6 +86,8 @@ def submit_job(
                 "rank": rank,
                 "targets": targets.split(",") if targets else None,
                 "layers": layers,
+                "prompt_text": _unescaped(prompt_text),
+                "prompt_tokens": prompt_tokens,
             },
             "tuning": {
                 "method": method,

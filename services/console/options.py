@@ -79,12 +79,13 @@ Url = Annotated[
     typer.Option(help="An HTTPS address where devices find the model.", rich_help_panel=JOB),
 ]
 Adapter = Annotated[
-    Literal["last-block", "output-rows", "lora", "control"] | None,
+    Literal["last-block", "output-rows", "lora", "control", "prompt"] | None,
     typer.Option(
         help="What is tuned: low-rank updates of the last block's attention, and the labels' rows "
         "of the output matrix (default where the model has a closed form for it), those rows "
         "alone (default for other models, with labels), low-rank updates of any matrices (default "
-        "without), or a vector added after each layer.",
+        "without), a vector added after each layer, or a soft prompt before the answer (the "
+        "cheapest probes on long rows).",
         rich_help_panel=ADAPTER,
     ),
 ]
@@ -105,6 +106,23 @@ Layers = Annotated[
     typer.Option(
         metavar="all|A|A-B",
         help="Layers of lora (from 0) or control (from 1), both ends included (all).",
+        rich_help_panel=ADAPTER,
+    ),
+]
+PromptText = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT",
+        help="What a soft prompt starts as, and stands for until it is tuned; it follows the "
+        r"template. \n is a new line, and the default.",
+        rich_help_panel=ADAPTER,
+    ),
+]
+PromptTokens = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Tokens of a soft prompt: its text is repeated or cut to that; 0: as it is (8).",
         rich_help_panel=ADAPTER,
     ),
 ]

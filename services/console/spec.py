@@ -60,6 +60,7 @@ DEFAULTS: dict[AdapterKind, dict[str, Table]] = {
     "output-rows": {"tuning": GRADIENT},
     "lora": {},
     "control": {},
+    "prompt": {"tuning": {"eps": 0.1, "step": 0.02, "momentum": 230}},
 }
 """Where an adapter wants other numbers than the messages' own defaults."""
 

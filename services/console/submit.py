@@ -99,8 +99,13 @@ async def inspect(submission: Submission) -> Facts:
         EngineError: it cannot be read or is not supported.
     """
     engine = EngineProcess(submission.engine)
-    task = submission.wanted.spec.task
-    question = Inspect(str(submission.model), list(task.labels.values()), task.template)
+    task, adapter = submission.wanted.spec.task, submission.wanted.adapter
+    question = Inspect(
+        str(submission.model),
+        list(task.labels.values()),
+        task.template,
+        adapter.prompt_text if adapter.kind == "prompt" else "",
+    )
     try:
         facts = await engine.ask(question, timeout_s=INSPECT_S)
     finally:

@@ -148,7 +148,8 @@ class Completing:
                     "use /v1/completions (base takes the labels of the job that serves)",
                     param="model",
                 )
-            task = msgspec.structs.replace(spec.task, loss="choices")
+            room = spec.task.max_tokens - len(held.generation.prompt)
+            task = msgspec.structs.replace(spec.task, loss="choices", max_tokens=room)
             try:
                 check_task(task)
                 prompt, choices = await _off_loop(
@@ -156,6 +157,7 @@ class Completing:
                 )
             except EngineError as error:
                 raise Refusal(400, str(error), param="model") from error
+            prompt += held.generation.prompt
             _check_length(held, prompt, "text")
             self._proxy.admit(1)
             self._proxy.metrics.tokens.labels("prompt").inc(len(prompt))
@@ -200,7 +202,15 @@ def _understood(held: Held, request: CompletionRequest | ChatRequest, wanted: Wa
     sampling = request.sampling(vocabulary.size)
     seed = secrets.randbits(63) if request.seed is None else request.seed
     runs: list[Answer] = []
-    for prompt in wanted.prompts:
+    if wanted.echo and held.generation.prompt:
+        raise Refusal(
+            400,
+            f"{held.name} has a soft prompt between a prompt and its answer, which cannot be told "
+            "as text: leave out echo",
+            param="echo",
+        )
+    prompts = [[*prompt, *held.generation.prompt] for prompt in wanted.prompts]
+    for prompt in prompts:
         _check_length(held, prompt, "messages" if isinstance(request, ChatRequest) else "prompt")
         left = held.generation.limit - len(prompt)
         reads = 0 if wanted.echo and wanted.marks is not None else None
@@ -221,7 +231,7 @@ def _understood(held: Held, request: CompletionRequest | ChatRequest, wanted: Wa
         runs,
         wanted.form,
         Head(f"{wanted.prefix}-{uuid4().hex}", int(time.time()), held.name, held.fingerprint),
-        sum(len(prompt) for prompt in wanted.prompts),
+        sum(len(prompt) for prompt in prompts),
         bool(request.stream),
         bool(request.stream_options and request.stream_options.include_usage),
     )

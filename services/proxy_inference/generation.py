@@ -17,6 +17,7 @@ from services.proxy_inference.batching import Forget, Plan, Schedule, Sequence
 from services.proxy_inference.shelf import ModelFile
 from services.proxy_inference.vocabulary import Detokenizer
 from shared.adapter import Adapter
+from shared.engine.embeddings import Embeddings
 from shared.engine.fitting import check_fit, supported_header
 from shared.engine.gguf_file import Header
 from shared.engine.llama_adapters import Control, Lora
@@ -31,6 +32,7 @@ from shared.engine.native import (
     tensor_bytes,
     tensor_name,
 )
+from shared.engine.soft_prompt import Inputs
 from shared.errors import EngineError
 
 BATCH_TOKENS = 512
@@ -92,11 +94,15 @@ class Generation:
         self._states: list[NDArray[np.float32]] = []
         self._evaluated = native.ggml_backend_sched_eval_callback(self._on_evaluated)
         self._lora: Lora | None = None
+        self.prompt: list[int] = []
+        """What a request's prompt ends with: the rows of a soft prompt, as `Inputs` counts them."""
         adaptation = _adaptation(adapter) if adapter else None
         if adaptation:
             check_fit(weights.path, weights.header, adaptation, 0)
         self._context: Any = self._open_context(watched=bool(adaptation and adaptation.blocks))
         self._batch = _Batch(BATCH_TOKENS)
+        if adapter and adaptation and len(adaptation.prompt_tokens):
+            self._ask_softly(adaptation, adapter.values())
         try:
             if adapter and adaptation:
                 self._carry(adaptation, adapter.values())
@@ -163,6 +169,13 @@ class Generation:
             self._lora.set(deeper_values)
         Control(self._context, self.weights.model, deeper).set(deeper_values)
 
+    def _ask_softly(self, adaptation: Adaptation, values: NDArray[np.float32]) -> None:
+        """Everything is sent as embeddings, a soft prompt's rows among them."""
+        inputs = Inputs(Embeddings(self.weights.path, self.weights.header), adaptation)
+        inputs.set(values)
+        self.prompt = inputs.prompt.tolist()
+        self._batch = _Batch(BATCH_TOKENS, inputs)
+
     def _try(self) -> None:
         """One token, so that a version that cannot speak is refused before it serves anyone."""
         schedule = Schedule(lanes=1, cells=8, batch_tokens=8, most_reads=1)
@@ -216,7 +229,10 @@ class Generation:
 class _Batch:
     """The arrays of llama.cpp's batch, made once."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, inputs: Inputs | None = None) -> None:
+        """With `inputs` their embeddings are sent in place of the tokens."""
+        self._inputs = inputs
+        self._embeddings = np.empty((0, 0), np.float32)
         self._tokens = np.zeros(most, np.int32)
         self._positions = np.zeros(most, np.int32)
         self._lanes = np.zeros(most, np.int32)
@@ -224,7 +240,8 @@ class _Batch:
         self._ones = np.ones(most, np.int32)
         self._places = self._lanes.ctypes.data + 4 * np.arange(most, dtype=np.uint64)
         self.sent = native.llama_batch()
-        self.sent.token = pointer(self._tokens, ctypes.c_int32)
+        if inputs is None:
+            self.sent.token = pointer(self._tokens, ctypes.c_int32)
         self.sent.pos = pointer(self._positions, ctypes.c_int32)
         self.sent.n_seq_id = pointer(self._ones, ctypes.c_int32)
         self.sent.seq_id = pointer(self._places, ctypes.POINTER(ctypes.c_int32))
@@ -247,6 +264,9 @@ class _Batch:
             self._read[end - share.reads : end] = 1
             at = end
         self.sent.n_tokens = size
+        if self._inputs is not None:
+            self._embeddings = self._inputs.of(self._tokens[:size])
+            self.sent.embd = pointer(self._embeddings, ctypes.c_float)
         return size
 
 

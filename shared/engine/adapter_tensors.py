@@ -13,7 +13,7 @@ from shared.engine.fitting import OUTPUT
 from shared.engine.gguf_file import Header
 from shared.engine.model import Adaptation
 
-Kind = Literal["lora_b", "control", "output_rows"]
+Kind = Literal["lora_b", "control", "output_rows", "prompt"]
 Matrix = tuple[str, NDArray[np.float32]]
 """A tensor's name in the GGUF, with `.lora_a` or `.lora_b` behind it, and (d_out, d_in) float32."""
 

@@ -64,9 +64,12 @@ def closed_form(model: Model, adaptation: Adaptation) -> ClosedForm | None:
 
 
 def _steered(adaptation: Adaptation, tensor: str) -> bool:
-    """Whether a control vector is added behind the block that `tensor` lies in."""
+    """Whether there is a prompt, or a control vector behind the block that `tensor` lies in."""
     layer = int(tensor.split(".")[1])
-    return any(block.kind == "control" and block.layer >= layer for block in adaptation.blocks)
+    return any(
+        block.kind == "prompt" or (block.kind == "control" and block.layer >= layer)
+        for block in adaptation.blocks
+    )
 
 
 class _Rows:

@@ -8,13 +8,17 @@ Only what is too long in spite of that loses the end of its answer.
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
 
+import msgspec
 import numpy as np
 
 from shared.dataset import Row, Turn, split_template
-from shared.engine.model import TEMPLATE_EDGE, Example, Tokenizer
+from shared.engine.model import TEMPLATE_EDGE, Adaptation, Example, Tokenizer
 from shared.engine.pieces import Piece, tokens_of
 from shared.errors import EngineError
 from shared.messages import Task
+
+_FEWEST = 8
+"""Tokens of a row that it would be senseless to cut further."""
 
 _CUTS = 32
 """Halvings that find how much of a conversation's last exchange fits."""
@@ -44,6 +48,21 @@ def example(row: Row | Turn, task: Task, tokenizer: Tokenizer) -> Example:
     return Example(np.array(tokens, np.int32), np.array(answer, np.int32))
 
 
+def with_prompt(task: Task, blocks: Adaptation) -> Task:
+    """`task` for rows that leave the soft prompt room in `max_tokens`, where there is one.
+
+    Raises:
+        EngineError: nothing would be left of a row.
+    """
+    prompt = len(blocks.prompt_tokens)
+    if prompt and task.max_tokens < prompt + _FEWEST:
+        raise EngineError(
+            f"task: max_tokens {task.max_tokens} leaves no room for rows beside a prompt of "
+            f"{prompt}; use at least {prompt + _FEWEST}, or fewer --prompt-tokens"
+        )
+    return msgspec.structs.replace(task, max_tokens=task.max_tokens - prompt) if prompt else task
+
+
 def messages(turn: Turn) -> list[Mapping[str, str]]:
     """What was said before the answer, as a chat template takes it."""
     return [{"role": role, "content": content} for role, content in turn.before]
@@ -51,12 +70,15 @@ def messages(turn: Turn) -> list[Mapping[str, str]]:
 
 def first_tokens(words: list[str], template: str, tokenizer: Tokenizer) -> list[int]:
     """The first token of each word as it would follow the template's end."""
+    return [tokens_after(template, word, tokenizer)[0] for word in words]
+
+
+def tokens_after(template: str, text: str, tokenizer: Tokenizer) -> list[int]:
+    """`text` as it would follow the template's end."""
     edge = split_template(template)[1] or TEMPLATE_EDGE
     asked = [Piece(edge, False)]
     before = tokens_of(asked, tokenizer, start=False)
-    return [
-        _following(asked, before, [Piece(word, False)], tokenizer, start=False)[0] for word in words
-    ]
+    return _following(asked, before, [Piece(text, False)], tokenizer, start=False)
 
 
 def choice_tokens(task: Task, tokenizer: Tokenizer) -> list[int]:

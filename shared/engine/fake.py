@@ -52,7 +52,7 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class FakeEngine:
     """Opens fake models."""
 
-    def inspect(self, path: str, words: list[str], template: str) -> Facts:
+    def inspect(self, path: str, words: list[str], template: str, prompt: str = "") -> Facts:
         options = _options(path)
         width, vocabulary = options.n_embd, options.n_vocab
         return Facts(
@@ -65,6 +65,8 @@ class FakeEngine:
             matrices={OUTPUT: [vocabulary, width], MIXER: [width, width]},
             tokens=first_tokens(words, template, Words(vocabulary)),
             parameters=(vocabulary + width) * width,
+            prompt=Words(vocabulary).tokenize(prompt, start=False),
+            prompt_rms=1.0,
         )
 
     def open(self, path: str, blocks: Adaptation, threads: int, max_tokens: int) -> "FakeModel":
@@ -104,6 +106,9 @@ class _Prepared:
     states: NDArray[np.float64]
     owners: NDArray[np.int64]
     targets: NDArray[np.int64]
+    reach: NDArray[np.float64]
+    """(m,): by how much of it a soft prompt's sum moves each state."""
+    text_tokens: int
     tokens: int
 
 
@@ -120,11 +125,15 @@ class FakeModel(Words):
         self._vectors = _signs(1, options)
         self._output = _signs(2, options) / np.sqrt(options.n_embd)
         self._prepared: _Prepared | None = None
+        self._texts: tuple[bytes, ...] = ()
+        """Whose cache would be kept behind a soft prompt."""
         self.forwarded = 0
         for block in blocks.blocks:
             width = options.n_embd
             if block.shape[-1] != width or (block.kind == "lora_b" and block.d_in != width):
                 raise EngineError(f"manifest: {block.tensor} does not have width {width}")
+        if len(blocks.prompt_tokens) and blocks.prompt_tokens.max() >= options.n_vocab:
+            raise EngineError(f"manifest: there are only {options.n_vocab} tokens")
         if len(self._rows) and self._rows.max() >= options.n_vocab:
             raise EngineError(f"manifest: {OUTPUT} has only {options.n_vocab} rows")
 
@@ -133,6 +142,9 @@ class FakeModel(Words):
 
     def stand(self, values: NDArray[np.float32]) -> None:
         self._values = values.copy()
+
+    def parts(self, examples: Sequence[Example]) -> list[slice]:
+        return [slice(0, len(examples))]
 
     def measure(self, examples: Sequence[Example]) -> Losses:
         hidden, given = self._hidden(examples)
@@ -189,6 +201,10 @@ class FakeModel(Words):
         given = self._prepared
         if given is None or given.examples is not examples:
             given = self._prepared = self._prepare(examples)
+            texts = tuple(example.tokens.tobytes() for example in examples)
+            if texts != self._texts:
+                self.forwarded += given.text_tokens
+            self._texts = texts
         state = given.states
         moved = state.copy()
         for number, block in enumerate(self._blocks.blocks):
@@ -197,21 +213,32 @@ class FakeModel(Words):
                 moved += part
             elif block.kind == "lora_b":
                 moved += np.outer(state @ self._blocks.fixed_a(number), part)
+        if len(self._blocks.prompt_tokens):
+            added = self._blocks.prompt_moved(self._values).sum(axis=0)
+            moved += np.outer(given.reach, added)
         self.forwarded += given.tokens
         return moved / np.sqrt((moved**2).mean(axis=1, keepdims=True) + 1e-6), given
 
     def _prepare(self, examples: Sequence[Example]) -> "_Prepared":
         states: list[NDArray[np.float64]] = []
+        reach: list[NDArray[np.float64]] = []
+        prompt = self._blocks.prompt_tokens
+        text_tokens = 0
         for example in examples:
-            steps = np.sqrt(np.arange(1, len(example.tokens) + 1))[:, None]
-            state = np.cumsum(self._vectors[example.tokens], axis=0) / steps
+            tokens = np.insert(example.tokens, example.asked, prompt)
+            steps = np.sqrt(np.arange(1, len(tokens) + 1))[:, None]
+            state = np.cumsum(self._vectors[tokens], axis=0) / steps
             states.append(state[len(state) - len(example.targets) :])
+            reach.append(1.0 / steps[len(state) - len(example.targets) :, 0])
+            text_tokens += example.asked if len(prompt) else 0
         return _Prepared(
             examples=examples,
             states=np.concatenate(states),
             owners=np.repeat(np.arange(len(states)), [len(state) for state in states]),
             targets=np.concatenate([example.targets for example in examples]).astype(np.int64),
-            tokens=sum(len(example.tokens) for example in examples),
+            reach=np.concatenate(reach),
+            text_tokens=text_tokens,
+            tokens=sum(len(example.tokens) + len(prompt) for example in examples) - text_tokens,
         )
 
     def _misbehave(self) -> None:

@@ -54,6 +54,12 @@ def check_fit(path: str, header: Header, blocks: Adaptation, max_tokens: int) ->
                     f"{path}: output rows of shape {block.shape} up to {max(block.rows)}: "
                     f"needs width {width} and rows below {vocabulary}"
                 )
+        elif block.kind == "prompt":
+            if block.shape[1] != width or max(block.rows) >= vocabulary:
+                raise EngineError(
+                    f"{path}: a prompt of shape {block.shape} that starts as tokens up to "
+                    f"{max(block.rows)}: needs width {width} and tokens below {vocabulary}"
+                )
         else:
             _fit_lora(path, header, block.tensor, [block.d_in, block.shape[0]])
     kinds = {block.kind for block in blocks.blocks if block.tensor == OUTPUT}

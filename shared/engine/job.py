@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from shared.adapter import Adapter
 from shared.dataset import REFUSED_SHOWN, Dataset, Row, Turn, check_task
 from shared.engine.closed_form import ClosedForm, Kept, closed_form
-from shared.engine.examples import choice_tokens, example, messages
+from shared.engine.examples import choice_tokens, example, messages, with_prompt
 from shared.engine.model import Adaptation, Engine, Example, Losses
 from shared.engine.protocol import Held, Opened, OpenJob, Standing
 from shared.engine.site_cache import SiteCache
@@ -45,6 +45,7 @@ class Job:
         if len(np.unique(rows)) != len(rows):
             raise EngineError("manifest: an output row stands in two blocks; name each row once")
         task = request.task
+        self._task = with_prompt(task, adaptation)
         self.model = engine.open(request.model, adaptation, request.threads, task.max_tokens)
         try:
             choices = choice_tokens(task, self.model) if task.loss == "choices" else []
@@ -125,7 +126,7 @@ class Job:
 
     def examples(self, rows: Rows) -> list[Example]:
         """Rows as tokens."""
-        return [example(row, self.request.task, self.model) for row in rows]
+        return [example(row, self._task, self.model) for row in rows]
 
     def base_losses(self, rows: Rows, examples: Sequence[Example]) -> Losses:
         """Losses of `examples`, which are `rows`, at theta; measured once per theta and batch."""

@@ -5,7 +5,6 @@ layout for short rows on a CPU, and is bit-identical when repeated. llama.cpp en
 batch longer than the context was made for; the context here holds the longest example.
 """
 
-import ctypes
 import re
 from collections.abc import Sequence
 from functools import cached_property
@@ -16,7 +15,9 @@ from numpy.typing import NDArray
 
 from shared.engine import scoring
 from shared.engine.block_weights import BlockWeights, last_block_tensors
-from shared.engine.examples import first_tokens
+from shared.engine.decoding import decode
+from shared.engine.embeddings import Embeddings, rms
+from shared.engine.examples import first_tokens, tokens_after
 from shared.engine.fitting import OUTPUT, check_fit, supported_header
 from shared.engine.gguf_file import Header
 from shared.engine.last_block import BlockSites, LastBlock
@@ -26,7 +27,6 @@ from shared.engine.model import Adaptation, Example, Losses, Sites
 from shared.engine.native import (
     load,
     native,
-    pointer,
     read_tensor,
     reason,
     start,
@@ -34,6 +34,7 @@ from shared.engine.native import (
     tensor_name,
 )
 from shared.engine.protocol import Facts
+from shared.engine.soft_prompt import Asked, keep_texts, prompted
 from shared.errors import EngineError
 
 if TYPE_CHECKING:
@@ -59,12 +60,15 @@ class LlamaEngine:
     def __init__(self) -> None:
         start()
 
-    def inspect(self, path: str, words: list[str], template: str) -> Facts:
+    def inspect(self, path: str, words: list[str], template: str, prompt: str = "") -> Facts:
         header = supported_header(path)
         tokens: list[int] = []
-        if words:
+        start: list[int] = []
+        if words or prompt:
             model = load(path, vocabulary_only=True)
-            tokens = first_tokens(words, template, Vocabulary(model))
+            vocabulary = Vocabulary(model)
+            tokens = first_tokens(words, template, vocabulary)
+            start = tokens_after(template, prompt, vocabulary) if prompt else []
             native.llama_model_free(model)
         embedding = header.tensors.get("token_embd.weight", (0, 0))
         return Facts(
@@ -84,6 +88,8 @@ class LlamaEngine:
             parameters=sum(
                 int(np.prod(shape, dtype=np.int64)) for shape in header.tensors.values()
             ),
+            prompt=start,
+            prompt_rms=rms(Embeddings(path, header).rows(np.array(start))) if start else 0.0,
         )
 
     def open(self, path: str, blocks: Adaptation, threads: int, max_tokens: int) -> "LlamaModel":
@@ -166,10 +172,11 @@ class LlamaModel(Vocabulary):
         self._watched: tuple[bytes, ...] = ()
         self._states: dict[bytes, list[NDArray[np.float32]]] = {}
         self._evaluated = native.ggml_backend_sched_eval_callback(self._on_evaluated)
-        self._context: Any = self._open_context(path, threads)
+        self._context: Any = self._open_context(path, header, threads)
         self._lora = Lora(self._model, self._context, header, blocks)
         self._control = Control(self._context, self._model, blocks)
-        self._laid_out: tuple[Sequence[Example], list[Batch]] = ([], [])
+        self._prompted = prompted(path, header, blocks, self._context, self._batch_tokens)
+        self._laid_out: tuple[Sequence[Example], Sequence[Batch]] = ([], [])
         self._diverged = False
         self.forwarded = 0
 
@@ -179,6 +186,13 @@ class LlamaModel(Vocabulary):
     def stand(self, values: NDArray[np.float32]) -> None:
         self._control.set(values)
         self._lora.set(values)
+        if self._prompted is not None:
+            self._prompted.set(values)
+
+    def parts(self, examples: Sequence[Example]) -> list[slice]:
+        if self._prompted is not None:
+            return self._prompted.parts(examples)
+        return [slice(0, len(examples))]
 
     def measure(self, examples: Sequence[Example]) -> Losses:
         loss = np.zeros(len(examples), np.float64)
@@ -226,7 +240,7 @@ class LlamaModel(Vocabulary):
         native.llama_free(self._context)
         native.llama_model_free(self._model)
 
-    def _open_context(self, path: str, threads: int) -> Any:
+    def _open_context(self, path: str, header: Header, threads: int) -> Any:
         wanted = native.llama_context_default_params()
         wanted.n_ctx = wanted.n_batch = wanted.n_ubatch = self._batch_tokens
         wanted.n_seq_max = _SEQUENCES
@@ -234,6 +248,8 @@ class LlamaModel(Vocabulary):
         wanted.kv_unified = True
         wanted.op_offload = False
         wanted.no_perf = True
+        if len(self._blocks.prompt_tokens):
+            keep_texts(wanted, self._model, header, self._batch_tokens)
         wanted.cb_eval = self._evaluated
         context = native.llama_init_from_model(self._model, wanted)
         if not context:
@@ -241,34 +257,29 @@ class LlamaModel(Vocabulary):
             raise EngineError(f"{path}: no memory for {self._batch_tokens} tokens; {reason()}")
         return context
 
-    def _lay_out(self, examples: Sequence[Example]) -> list[Batch]:
+    def _lay_out(self, examples: Sequence[Example]) -> Sequence[Batch]:
         """The batches of `examples`; those of the last call are kept."""
         if self._laid_out[0] is not examples:
             most_read = max(_LOGITS // self.size, 1)
-            laid_out = batches(examples, self._batch_tokens, _SEQUENCES, most_read)
+            if self._prompted is not None:
+                laid_out = self._prompted.lay_out(examples, most_read)
+            else:
+                laid_out = batches(examples, self._batch_tokens, _SEQUENCES, most_read)
             self._laid_out = (examples, laid_out)
         return self._laid_out[1]
 
     def _forward(self, batch: Batch) -> scoring.Logits:
         """Logits of the batch's read positions: (m, n_vocab) float32, valid until the next call."""
-        size = len(batch.tokens)
-        if size > self._batch_tokens:
-            raise EngineError(f"an example of {size} tokens; at most {self._batch_tokens} fit")
         # After a diverged pass the cache may hold NaN, which a mask of weight 0 lets through.
-        native.llama_memory_clear(native.llama_get_memory(self._context), self._diverged)
-        one_each = np.ones(size, np.int32)
-        pointers = batch.sequences.ctypes.data + 4 * np.arange(size, dtype=np.uint64)
-        sent = native.llama_batch()
-        sent.n_tokens = size
-        sent.token = pointer(batch.tokens, ctypes.c_int32)
-        sent.pos = pointer(batch.positions, ctypes.c_int32)
-        sent.n_seq_id = pointer(one_each, ctypes.c_int32)
-        sent.seq_id = pointer(pointers, ctypes.POINTER(ctypes.c_int32))
-        sent.logits = pointer(batch.read, ctypes.c_int8)
-        code = native.llama_decode(self._context, sent)
-        if code:
-            raise EngineError(f"llama.cpp could not decode (code {code}); {reason()}")
-        self.forwarded += size
+        if self._prompted is not None and isinstance(batch, Asked):
+            self.forwarded += self._prompted.forward(batch, spoiled=self._diverged)
+        else:
+            size = len(batch.tokens)
+            if size > self._batch_tokens:
+                raise EngineError(f"an example of {size} tokens; at most {self._batch_tokens} fit")
+            native.llama_memory_clear(native.llama_get_memory(self._context), self._diverged)
+            decode(self._context, batch)
+            self.forwarded += size
         logits = native.llama_get_logits(self._context)
         return np.ctypeslib.as_array(logits, shape=(len(batch.targets), self.size))
 

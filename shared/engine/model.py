@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+from msgspec import UNSET
 from numpy.typing import NDArray
 
 from shared import directions
@@ -31,11 +32,16 @@ class Example:
 
     `tokens` (n,) int32 is what is sent; logits are read at its last `len(targets)` positions.
     `targets` (m,) int32: the token that should follow each of them, or, for choices, the index of
-    the right choice at the one position.
+    the right choice at the one position. The model puts a soft prompt after the first `asked`.
     """
 
     tokens: NDArray[np.int32]
     targets: NDArray[np.int32]
+
+    @property
+    def asked(self) -> int:
+        """How many tokens stand before the answer."""
+        return len(self.tokens) - len(self.targets) + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +130,13 @@ class Model(Tokenizer, Protocol):
         """
         ...
 
+    def parts(self, examples: Sequence[Example]) -> list[slice]:
+        """Which of `examples` to measure again and again together, before the next of them.
+
+        What a part's passes have in common is kept between them.
+        """
+        ...
+
     def measure(self, examples: Sequence[Example]) -> Losses:
         """One forward pass over `examples`.
 
@@ -173,8 +186,8 @@ class Model(Tokenizer, Protocol):
 class Engine(Protocol):
     """An engine as the worker holds it: it opens models."""
 
-    def inspect(self, path: str, words: list[str], template: str) -> Facts:
-        """What the model in `path` is.
+    def inspect(self, path: str, words: list[str], template: str, prompt: str = "") -> Facts:
+        """What the model in `path` is; the rest is as `Inspect` says.
 
         Raises:
             EngineError: it is missing, damaged or not supported; names the mend.
@@ -206,6 +219,22 @@ class Adaptation:
         """The adapted rows of the output matrix, in the order of their blocks."""
         rows = [row for block in self.blocks if block.kind == "output_rows" for row in block.rows]
         return np.array(rows, np.int64)
+
+    @property
+    def prompt_tokens(self) -> NDArray[np.int32]:
+        """What the soft prompt starts as: (p,) int32, p = 0 where there is none."""
+        tokens = [token for block in self.blocks if block.kind == "prompt" for token in block.rows]
+        return np.array(tokens, np.int32)
+
+    def prompt_moved(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What `values` (d,) add to the embeddings of `prompt_tokens`: (p, n_embd) float32."""
+        return np.concatenate(
+            [
+                np.float32(block.unit) * self.part(number, values)
+                for number, block in enumerate(self.blocks)
+                if block.kind == "prompt" and block.unit is not UNSET
+            ]
+        )
 
     def fixed_a(self, number: int) -> NDArray[np.float32]:
         """The row of the fixed A that belongs to LoRA block `number`: (d_in,) float32."""

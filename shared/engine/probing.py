@@ -102,23 +102,25 @@ def _probe(
     base = _finite(job.base_losses(rows, examples))
     theta = job.adapter.values()
     reach = job.layout.magnitudes[start : start + count] * np.float32(request.eps)
-    differences: list[float] = []
-    bends: list[float] = []
-    for first, width in request.ranges:
-        for index in range(first, first + width):
+    indices = [index for first, width in request.ranges for index in range(first, first + width)]
+    differences = np.zeros(len(indices))
+    bends = np.zeros(len(indices))
+    for part in job.model.parts(examples):
+        chosen, clean = examples[part], base.loss[part]
+        for number, index in enumerate(indices):
             z = directions.one(
                 manifest.seed, request.stream_round, index, start, count, manifest.distribution
             )
             moved = theta.copy()
             moved[start : start + count] += reach * z
             job.model.stand(moved)
-            above = job.model.measure(examples).loss
+            above = job.model.measure(chosen).loss
             moved[start : start + count] = theta[start : start + count] - reach * z
             job.model.stand(moved)
-            below = job.model.measure(examples).loss
-            differences.append(float((above - below).sum()))
-            bends.append(float((above + below - 2.0 * base.loss).sum()))
-    return base, np.array(differences) * NAT, np.array(bends) * NAT
+            below = job.model.measure(chosen).loss
+            differences[number] += (above - below).sum()
+            bends[number] += (above + below - 2.0 * clean).sum()
+    return base, differences * NAT, bends * NAT
 
 
 def _exact(job: Job, request: Probe, rows: list[Row | Turn]) -> tuple[Losses, NDArray[np.float64]]:

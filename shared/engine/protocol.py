@@ -33,6 +33,8 @@ class Inspect(Request, frozen=True):
     words: list[str] = []
     """Each is tokenized as it would follow the template's end: its first token is returned."""
     template: str = "{text}"
+    prompt: str = ""
+    """What a soft prompt would start as: its tokens, and their embeddings' size, are returned."""
 
 
 class OpenJob(Request, frozen=True):
@@ -136,6 +138,10 @@ class Facts(Answer, frozen=True):
     parameters: int = 0
     last_block: list[str] = []
     """The matrices of the last block, if there is a closed form for it."""
+    prompt: list[int] = []
+    """The tokens of the prompt asked for, as it would follow the template's end."""
+    prompt_rms: float = 0.0
+    """Root mean square of their embeddings' entries, as the first layer sees them."""
 
 
 class Held(Answer, frozen=True):

@@ -67,7 +67,9 @@ class Child:
     def _do(self, request: RequestUnion) -> AnswerUnion:
         match request:
             case Inspect():
-                return self._engine.inspect(request.path, request.words, request.template)
+                return self._engine.inspect(
+                    request.path, request.words, request.template, request.prompt
+                )
             case OpenJob():
                 self._close(request.job)
                 job = self._jobs[request.job] = Job(request, self._engine)

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
 from shared.messages.base import Count, Digest, Finite, Label, Message, Name, Record, Round, Seconds
 
@@ -17,10 +17,12 @@ class Block(Record, frozen=True):
     `lora_b` is one rank slot of the B of a LoRA on `tensor`: `shape` is (d_out,), its row of A has
     `d_in` entries. `control` is added to the residual stream after layer `layer`: (n_embd,).
     `output_rows` is added to the rows `rows` of the output matrix: (len(rows), n_embd).
+    `prompt` stands between a row's prompt and its answer as embeddings of its own, those of the
+    tokens `rows` and `unit` times the block: (len(rows), n_embd).
     `scale` s multiplies the block's part of every direction by 2^s.
     """
 
-    kind: Literal["lora_b", "control", "output_rows"]
+    kind: Literal["lora_b", "control", "output_rows", "prompt"]
     tensor: Annotated[str, Meta(max_length=120)]
     shape: Annotated[list[Annotated[int, Meta(ge=1, le=2**24)]], Meta(min_length=1, max_length=2)]
     scale: Annotated[int, Meta(ge=0, le=12)] = 0
@@ -28,6 +30,8 @@ class Block(Record, frozen=True):
     d_in: Annotated[int, Meta(ge=0, le=2**24)] = 0
     layer: Annotated[int, Meta(ge=0, lt=4096)] = 0
     rows: Annotated[list[Annotated[int, Meta(ge=0)]], Meta(max_length=2**16)] = []
+    unit: Annotated[float, Meta(gt=0.0, le=1e6)] | UnsetType = UNSET
+    """Of a prompt alone: what a parameter of 1 adds to an embedding as the first layer sees it."""
 
 
 class Variant(Record, frozen=True):

@@ -72,6 +72,11 @@ class Bench:
     def control(self) -> Block:
         return Block("control", "", [self.facts.n_embd], layer=1)
 
+    @property
+    def prompt(self) -> Block:
+        shape = [3, self.facts.n_embd]
+        return Block("prompt", "token_embd.weight", shape, rows=[5, 6, 7], unit=1.0)
+
     async def open(self, *blocks: Block, **changes: object) -> Opened:
         request = OpenJob(
             job="j",
@@ -405,3 +410,25 @@ async def test_exact_agrees_with_probes_on_a_trained_quantized_model(
     noise = 0.02 * float(np.sqrt(np.mean(wanted.astype(float) ** 2)))
     assert differences(probed.result) == pytest.approx(wanted, rel=0.02, abs=noise)
     await engine.close()
+
+
+async def test_probes_of_a_soft_prompt_send_a_batchs_texts_once(bench: Bench) -> None:
+    opened = await bench.open(bench.prompt)
+    first = await bench.probe(opened.digest, ranges=[(0, 1)])
+    again = await bench.probe(opened.digest, ranges=[(1, 6)])
+    rows, prompt = 8, 3
+    assert again.passes == 2 * 6 * rows * prompt
+    texts = first.passes - 3 * rows * prompt  # at theta, and to both sides of it
+    assert texts > rows * prompt
+    assert differences(again.result).any()
+    other = await bench.probe(opened.digest, round=2, ranges=[(1, 6)])
+    assert other.passes > 13 * rows * prompt  # other rows
+
+
+async def test_a_soft_prompt_is_asked_for_by_its_text(bench: Bench) -> None:
+    question = Inspect(path=bench.model, template="{text}\nAnswer:", prompt=" in the")
+    facts = await bench.engine.ask(question, timeout_s=TIMEOUT_S)
+    assert isinstance(facts, Facts)
+    assert len(facts.prompt) >= 2
+    assert all(0 <= token < facts.n_vocab for token in facts.prompt)
+    assert 0.01 < facts.prompt_rms < 100

@@ -74,6 +74,9 @@ class TorchModel(Words):
         targets = torch.tensor([int(example.targets[0]) for example in examples])
         return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
+    def parts(self, examples: Sequence[Example]) -> list[slice]:
+        return [slice(0, len(examples))]
+
     def measure(self, examples: Sequence[Example]) -> Losses:
         loss = self.losses(examples, self._values).numpy()
         ones = np.ones(len(examples), np.int64)
@@ -97,7 +100,7 @@ class TorchModel(Words):
 
 
 class TorchEngine:
-    def inspect(self, path: str, words: list[str], template: str) -> Facts:
+    def inspect(self, path: str, words: list[str], template: str, prompt: str = "") -> Facts:
         raise NotImplementedError
 
     def open(self, path: str, blocks: Adaptation, threads: int, max_tokens: int) -> TorchModel:

@@ -41,6 +41,9 @@ class QuadraticModel(Words):
     def stand(self, values: NDArray[np.float32]) -> None:
         self._values = values.astype(np.float64)
 
+    def parts(self, examples: Sequence[Example]) -> list[slice]:
+        return [slice(0, len(examples))]
+
     def measure(self, examples: Sequence[Example]) -> Losses:
         self.forwarded += len(examples)
         away = [self._values - centre(example, self._d) for example in examples]
@@ -68,7 +71,7 @@ class QuadraticModel(Words):
 class QuadraticEngine:
     """Opens the same model whatever the path."""
 
-    def inspect(self, path: str, words: list[str], template: str) -> Facts:
+    def inspect(self, path: str, words: list[str], template: str, prompt: str = "") -> Facts:
         raise NotImplementedError
 
     def open(self, path: str, blocks: Adaptation, threads: int, max_tokens: int) -> QuadraticModel:

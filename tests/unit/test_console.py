@@ -52,6 +52,8 @@ def some_facts(
         last_block=[name for name in matrices if name.startswith(f"blk.{layers - 1}.")]
         if closed
         else [],
+        prompt=[7, 8, 9],
+        prompt_rms=0.25,
     )
 
 
@@ -68,7 +70,7 @@ def build(facts: Facts, options: AdapterOptions, *, labels: int = 0) -> Manifest
     width=st.sampled_from([8, 16, 64]),
     rank=st.integers(1, 5),
     labels=st.integers(2, 9),
-    kind=st.sampled_from(["last-block", "output-rows", "lora", "control"]),
+    kind=st.sampled_from(["last-block", "output-rows", "lora", "control", "prompt"]),
 )
 def test_whatever_it_builds_is_an_adapter_of_the_model(
     layers: int, width: int, rank: int, labels: int, kind: AdapterKind
@@ -84,6 +86,7 @@ def test_whatever_it_builds_is_an_adapter_of_the_model(
         "lora": layers * rank * (width + width // 2),
         "last-block": rank * (2 * width + 2 * (width // 2)) + labels * width,
         "control": (layers - 1) * width,
+        "prompt": 8 * width,
     }
     assert made.d == expected[kind]
     for block in made.blocks:
@@ -120,6 +123,16 @@ def test_control_spares_the_first_layer_and_lora_does_not() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("tokens", "rows"), [(8, [8, 9, 7, 8, 9, 7, 8, 9]), (2, [8, 9]), (0, [7, 8, 9])]
+)
+def test_a_prompt_repeats_its_text_or_takes_its_end_and_counts_in_its_size(
+    tokens: int, rows: list[int]
+) -> None:
+    (block,) = build(some_facts(), AdapterOptions(kind="prompt", prompt_tokens=tokens)).blocks
+    assert (block.rows, block.shape, block.unit) == (rows, [len(rows), 8], 0.25)
+
+
 def test_two_words_with_the_same_first_token_are_refused_by_name() -> None:
     facts = msgspec.structs.replace(some_facts(), tokens=[5, 6, 5])
     labels = {"a": " sport", "b": " world", "c": " sports"}
@@ -145,6 +158,12 @@ def test_two_words_with_the_same_first_token_are_refused_by_name() -> None:
         (some_facts(), AdapterOptions(kind="lora", layers="some"), 0, "2-5"),
         (some_facts(), AdapterOptions(kind="lora", rank=4096), 0, "lower --rank"),
         (some_facts(layers=1), AdapterOptions(kind="control"), 0, "too few"),
+        (
+            msgspec.structs.replace(some_facts(), prompt=[]),
+            AdapterOptions(kind="prompt"),
+            0,
+            "give --prompt-text",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_with_the_mend(

@@ -18,6 +18,7 @@ _KINDS = {
     "lora_b": "LoRA (B tuned, A fixed)",
     "output_rows": "rows of the output matrix",
     "control": "control vectors",
+    "prompt": "a soft prompt behind the text",
 }
 
 
@@ -68,6 +69,9 @@ def _places(tuned: Tuned) -> list[str]:
     """The model's tensors that are moved, those of all layers in one word."""
     layers: dict[str, list[int]] = {}
     for block in tuned.blocks.blocks:
+        if block.kind == "prompt":
+            layers[f"{len(block.rows)} embeddings before the answer"] = []
+            continue
         name = "after layer" if block.kind == "control" else block.tensor.removesuffix(".weight")
         prefix, _, rest = name.partition(".")
         number, _, part = rest.partition(".")
@@ -228,7 +232,30 @@ def _peft(tuned: Tuned, inside: bool) -> list[str]:
     return parts
 
 
-_LOADING = {"gguf": _gguf, "control-vector": _control, "peft": _peft}
+def _soft_prompt(tuned: Tuned, inside: bool) -> list[str]:
+    lines = [
+        "from safetensors.torch import load_file",
+        "",
+        f'prompt = load_file("{tuned.job}-prompt.safetensors")',
+        "look_up = model.get_input_embeddings()",
+        'soft = look_up(prompt["start"].long()) + prompt["added"]',
+        "inputs = torch.cat([look_up(tokens), soft])[None]  # tokens: all before the answer",
+        "logits = model(inputs_embeds=inputs).logits",
+    ]
+    return [
+        "The proxy of the fleet (`seedwire serve`) answers with it. Elsewhere its embeddings are "
+        "put between the tokens of what is asked, a template's words included, and the answer's; "
+        "with transformers, over the same weights:\n",
+        _fenced("\n".join(lines), "python"),
+    ]
+
+
+_LOADING = {
+    "gguf": _gguf,
+    "control-vector": _control,
+    "peft": _peft,
+    "soft-prompt": _soft_prompt,
+}
 
 
 def _licence(tuned: Tuned) -> list[str]:

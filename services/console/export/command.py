@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from services.console import options
-from services.console.export import card, control_vector, gguf_lora, peft_folder
+from services.console.export import card, control_vector, gguf_lora, peft_folder, soft_prompt
 from services.console.export.gather import gather
 from services.console.export.tuned import Tuned
 from services.console.failure import Failure, Usage
@@ -24,12 +24,14 @@ class Form(StrEnum):
     GGUF = "gguf"
     CONTROL_VECTOR = "control-vector"
     PEFT = "peft"
+    SOFT_PROMPT = "soft-prompt"
 
 
 _OBSTACLES = {
     Form.GGUF: gguf_lora.obstacle,
     Form.CONTROL_VECTOR: control_vector.obstacle,
     Form.PEFT: peft_folder.obstacle,
+    Form.SOFT_PROMPT: soft_prompt.obstacle,
 }
 CARD = "README.md"
 
@@ -62,8 +64,8 @@ def export(
         typer.Option(
             "--form",
             help="A LoRA for llama.cpp and Ollama (gguf), a folder for peft and transformers "
-            "(peft), control vectors for llama.cpp; may be repeated. Default: every form that the "
-            "adapter has.",
+            "(peft), control vectors for llama.cpp, a soft prompt's numbers; may be repeated. "
+            "Default: every form that the adapter has.",
         ),
     ] = None,
     model: Annotated[
@@ -112,6 +114,8 @@ def write(tuned: Tuned, folder: Path, forms: list[Form], dtype: gguf_lora.Dtype)
         raise Failure("; ".join(refused.values()))
     if "control" not in tuned.kinds:
         refused.pop(Form.CONTROL_VECTOR, None)  # nobody would look for it
+    if "prompt" not in tuned.kinds:
+        refused.pop(Form.SOFT_PROMPT, None)
     if {"control"} < tuned.kinds and not {Form.GGUF, Form.CONTROL_VECTOR} <= set(chosen):
         raise Failure(
             "the adapter is a LoRA and control vectors, and one without the other is another "
@@ -123,6 +127,8 @@ def write(tuned: Tuned, folder: Path, forms: list[Form], dtype: gguf_lora.Dtype)
         files += gguf_lora.write(tuned, folder, dtype)
     if Form.CONTROL_VECTOR in chosen:
         files += control_vector.write(tuned, folder)
+    if Form.SOFT_PROMPT in chosen:
+        files += soft_prompt.write(tuned, folder)
     if Form.PEFT in chosen:
         files += peft_folder.write(tuned, folder)
         files.append(folder / peft_folder.FOLDER / CARD)

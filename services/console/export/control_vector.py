@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from services.console.export import soft_prompt
 from services.console.export.gguf_lora import described
 from services.console.export.tuned import Tuned
 from shared.engine.gguf_file import Entry, write_file
@@ -9,6 +10,8 @@ from shared.engine.gguf_file import Entry, write_file
 
 def obstacle(tuned: Tuned) -> str:
     """Why there is no such file; empty where there is one."""
+    if soft := soft_prompt.unwritten("control-vector", tuned):
+        return soft
     if "control" in tuned.kinds:
         return ""
     return "control-vector: the adapter has no control vectors; --form gguf or peft writes it"

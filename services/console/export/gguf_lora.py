@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from services.console.export import soft_prompt
 from services.console.export.tuned import Tuned
 from shared.engine.fitting import OUTPUT
 from shared.engine.gguf_file import Entry, Tensor, lora_entries, write_file
@@ -20,6 +21,8 @@ _TYPES = {"f32": (np.float32, 0), "f16": (np.float16, 1)}
 
 def obstacle(tuned: Tuned) -> str:
     """Why there is no such LoRA; empty where there is one."""
+    if soft := soft_prompt.unwritten("gguf", tuned):
+        return soft
     if tuned.kinds == {"control"}:
         return (
             "gguf: the adapter is control vectors, which no LoRA can hold; "

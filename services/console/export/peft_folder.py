@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from services.console.export import names
+from services.console.export import names, soft_prompt
 from services.console.export.tuned import Tuned
 
 FOLDER = "peft"
@@ -16,6 +16,8 @@ FOLDER = "peft"
 
 def obstacle(tuned: Tuned) -> str:
     """Why there is no such folder; empty where there is one."""
+    if soft := soft_prompt.unwritten("peft", tuned):
+        return soft
     if "control" in tuned.kinds:
         others = "--form control-vector writes them"
         if len(tuned.kinds) > 1:

@@ -144,6 +144,12 @@ CHOSEN: dict[tuple[str, str], Table] = {
     ("head", "ag_news"): {"learning_rate": 0.01},
     ("ceiling", ""): {"learning_rate": 3e-3},
     ("ceiling", "trec"): {"learning_rate": 1e-3},
+    ("mezo", "ag_news"): {"tuning.step": 3e-2},
+    ("mezo", "trec"): {"tuning.step": 1e-2},
+    ("fwdllm", "ag_news"): {"tuning.step": 3e-2},
+    ("fwdllm", "trec"): {"tuning.step": 3e-2},
+    ("fedkseed", "trec"): {"tuning.step": 3e-3},
+    ("fedkseed-pro", "trec"): {"tuning.step": 3e-3},
 }
 """By row and data set (or `""`): what tuning chose, where it differs from START."""
 
@@ -152,7 +158,7 @@ GRID: dict[str, list[Table]] = {
     "fwdllm": [{"tuning.step": step} for step in (3e-2, 1e-1, 3e-1, 1.0)],
     "fedkseed": [{"tuning.step": step} for step in (3e-4, 1e-3, 3e-3, 1e-2)],
     "fedkseed-pro": [{"tuning.step": step} for step in (3e-4, 1e-3, 3e-3, 1e-2)],
-    "seedwire": [{"tuning.step": step} for step in (0.01, 0.03, 0.06, 0.1)],
+    "seedwire": [{"tuning.local_rate": rate} for rate in (0.003, 0.006, 0.01, 0.02)],
     "head": [{"learning_rate": rate} for rate in (0.003, 0.006, 0.01, 0.015)],
     "ceiling": [{"learning_rate": rate} for rate in (1e-3, 2e-3, 3e-3, 6e-3)],
 }
