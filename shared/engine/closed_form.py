@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.engine import last_layer
-from shared.engine.last_block import BlockSites, LastBlock
+from shared.engine.block_sites import BlockSites
+from shared.engine.last_block import LastBlock
 from shared.engine.model import Adaptation, Example, Losses, Model, Sites
 
 Floats = NDArray[np.float32]

@@ -23,8 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.engine import scoring
+from shared.engine.block_sites import BlockSites
 from shared.engine.examples import first_tokens
-from shared.engine.last_block import BlockSites, LastBlock
+from shared.engine.last_block import LastBlock
 from shared.engine.model import Adaptation, Example, Losses, Sites
 from shared.engine.protocol import Facts
 from shared.errors import EngineError

@@ -10,71 +10,21 @@ Shapes: B examples, n positions, m sites an example, E the model's width, H head
 key and value, of width D.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.engine.block_sites import Batch, BlockSites, Told, groups
+from shared.engine.block_sites import batch as batch_of
 from shared.engine.block_weights import BlockWeights, sigmoid, silu
 from shared.engine.model import Adaptation, Example, Losses
+from shared.engine.output_head import OutputHead
 
 Floats = NDArray[np.float32]
 
-_AT_ONCE = 1 << 18
-"""Entries of a batch's largest arrays: 1 MB each."""
 _ONE = np.float32(1.0)
-
-
-@dataclass(frozen=True, slots=True)
-class BlockSites:
-    """One example as the last block sees it, theta's part in the block aside."""
-
-    keys: NDArray[np.float16]
-    """(n, K D): before norm and rotation."""
-    values: NDArray[np.float16]
-    """(n, K D)"""
-    low_keys: NDArray[np.float16]
-    """(n, r_k): A of the keys' LoRA times what enters."""
-    low_values: NDArray[np.float16]
-    """(n, r_v)"""
-    queries: Floats
-    """(m, H D): before norm and rotation."""
-    low_queries: Floats
-    """(m, r_q)"""
-    stream: Floats
-    """(m, E): the residual stream that enters."""
-    beside: Floats
-    """(m, E): what the engine's final state has beside ours at theta = 0: kernels' rounding."""
-    targets: NDArray[np.int32]
-    """(m,): as in Example."""
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(getattr(self, name).nbytes for name in self.__slots__)
-
-
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """Examples of similar length, padded at their ends; sites are the last m true positions."""
-
-    keys: Floats
-    values: Floats
-    low_keys: Floats
-    low_values: Floats
-    queries: Floats
-    low_queries: Floats
-    stream: Floats
-    beside: Floats
-    at: NDArray[np.int64]
-    """(B, m): each site's position; -1 where there is none."""
-    targets: NDArray[np.int64]
-    """(B, m)"""
-
-    @property
-    def real(self) -> NDArray[np.bool_]:
-        """(B, m): which sites there are."""
-        return self.at >= 0
 
 
 @dataclass(slots=True)
@@ -105,7 +55,7 @@ class LastBlock:
         """Losses are over `choices`, tokens, or over the whole vocabulary."""
         self._weights = weights
         self._adaptation = adaptation
-        self._choices = choices
+        self._head = OutputHead(weights, adaptation, choices)
         self._slots: dict[str, list[int]] = {}
         for number, block in enumerate(adaptation.blocks):
             if block.kind == "lora_b" and block.tensor in weights.roles:
@@ -130,8 +80,8 @@ class LastBlock:
             for example, stream, state in zip(examples, streams, states, strict=True)
         ]
         still = np.zeros(self._adaptation.offsets[-1], np.float32)
-        for chosen in self._groups(found):
-            batch = self._batch([found[number] for number in chosen])
+        for chosen in groups(found, self._weights):
+            batch = batch_of([found[number] for number in chosen])
             ours = self._forward(batch, self._matrices(still)).state
             for place, number in enumerate(chosen):
                 state = states[number]
@@ -141,12 +91,12 @@ class LastBlock:
     def losses(self, sites: Sequence[BlockSites], values: Floats) -> Losses:
         """Losses of the examples at theta = `values` (d,)."""
         matrices = self._matrices(values)
-        told = _Told.of(sites)
-        for chosen in self._groups(sites):
-            batch = self._batch([sites[number] for number in chosen])
+        told = Told.of(sites)
+        for chosen in groups(sites, self._weights):
+            batch = batch_of([sites[number] for number in chosen])
             state = self._forward(batch, matrices).state
-            head = self._head(state[batch.real], batch.targets[batch.real], values)
-            told.take(chosen, batch, head)
+            head = self._head.losses(state[batch.real], batch.targets[batch.real], values)
+            told.take(chosen, batch, head.losses, head.right)
         return told.losses()
 
     def gradient(
@@ -155,14 +105,14 @@ class LastBlock:
         """Losses, and the gradient of their sum: (d,) float64, zero outside `numbers`."""
         whole = np.zeros(self._adaptation.offsets[-1])
         matrices = self._matrices(values)
-        told = _Told.of(sites)
-        for chosen in self._groups(sites):
-            batch = self._batch([sites[number] for number in chosen])
+        told = Told.of(sites)
+        for chosen in groups(sites, self._weights):
+            batch = batch_of([sites[number] for number in chosen])
             passed = self._forward(batch, matrices)
             state, targets = passed.state[batch.real], batch.targets[batch.real]
-            head = self._head(state, targets, values)
-            told.take(chosen, batch, head)
-            back, rows = self._head_back(state, targets, values, head)
+            head = self._head.losses(state, targets, values)
+            told.take(chosen, batch, head.losses, head.right)
+            back, rows = self._head.slopes(state, targets, values, head)
             slopes = np.zeros_like(passed.state)
             slopes[batch.real] = back
             for role, part in self._backward(batch, matrices, passed, slopes).items():
@@ -207,29 +157,7 @@ class LastBlock:
             targets=example.targets,
         )
 
-    def _batch(self, sites: Sequence[BlockSites]) -> _Batch:
-        lengths = np.array([len(one.keys) for one in sites])
-        counts = np.array([len(one.targets) for one in sites])
-        n, m = int(lengths.max()), int(counts.max())
-        steps = np.arange(m)
-        at = np.where(steps < counts[:, None], (lengths - counts)[:, None] + steps, -1)
-        targets = np.zeros((len(sites), m), np.int64)
-        for row, one in zip(targets, sites, strict=True):
-            row[: len(one.targets)] = one.targets
-        return _Batch(
-            *(
-                _padded([getattr(one, name) for one in sites], n)
-                for name in ("keys", "values", "low_keys", "low_values")
-            ),
-            *(
-                _padded([getattr(one, name) for one in sites], m)
-                for name in ("queries", "low_queries", "stream", "beside")
-            ),
-            at=at,
-            targets=targets,
-        )
-
-    def _forward(self, batch: _Batch, matrices: dict[str, Floats]) -> _Passed:
+    def _forward(self, batch: Batch, matrices: dict[str, Floats]) -> _Passed:
         weights = self._weights
         b, n = batch.keys.shape[:2]
         m = batch.at.shape[1]
@@ -274,7 +202,7 @@ class LastBlock:
         )  # fmt: skip
 
     def _backward(
-        self, batch: _Batch, matrices: dict[str, Floats], passed: _Passed, slopes: Floats
+        self, batch: Batch, matrices: dict[str, Floats], passed: _Passed, slopes: Floats
     ) -> dict[str, NDArray[np.float64]]:
         """The gradient with respect to each B, (d_out, r), from that of the final states."""
         weights = self._weights
@@ -317,118 +245,6 @@ class LastBlock:
         if "attn_v" in matrices:
             found["attn_v"] = _outer(_flat(values.swapaxes(1, 2)), passed.low["attn_v"])
         return found
-
-    def _head(self, states: Floats, targets: NDArray[np.int64], values: Floats) -> "_Head":
-        """Losses of s sites with final `states` (s, E) and `targets` (s,)."""
-        largest = np.full(len(states), -np.inf)
-        total, at_target = np.zeros(len(states)), np.zeros(len(states))
-        for low, rows in self._output(values):
-            logits = states @ rows.T
-            top = np.maximum(largest, logits.max(axis=1))
-            here = np.flatnonzero((targets >= low) & (targets < low + len(rows)))
-            at_target[here] = logits[here, targets[here] - low]
-            logits -= top[:, None].astype(np.float32)
-            np.exp(logits, out=logits)
-            total = total * np.exp(largest - top)
-            total += logits.sum(axis=1, dtype=np.float64)
-            largest = top
-        normaliser = np.log(total) + largest
-        return _Head(normaliser, normaliser - at_target, at_target >= largest)
-
-    def _head_back(
-        self, states: Floats, targets: NDArray[np.int64], values: Floats, head: "_Head"
-    ) -> tuple[Floats, NDArray[np.float64]]:
-        """The slopes of the states, (s, E), and of the adapted rows, (r, E)."""
-        back = np.zeros_like(states)
-        adapted = self._places()
-        found = np.zeros((len(adapted), states.shape[1]))
-        normaliser = head.normaliser[:, None].astype(np.float32)
-        for low, rows in self._output(values):
-            shares = states @ rows.T
-            shares -= normaliser
-            np.exp(shares, out=shares)
-            here = np.flatnonzero((targets >= low) & (targets < low + len(rows)))
-            shares[here, targets[here] - low] -= _ONE
-            back += shares @ rows
-            inside = np.flatnonzero((adapted >= low) & (adapted < low + len(rows)))
-            found[inside] = shares[:, adapted[inside] - low].T @ states
-        return back, found
-
-    def _places(self) -> NDArray[np.int64]:
-        """Where each adapted row stands among those that losses are over; -1: it does not."""
-        adapted = self._adaptation.output_rows
-        if self._choices is None:
-            return adapted
-        places = {token: place for place, token in enumerate(self._choices.tolist())}
-        return np.array([places.get(row, -1) for row in adapted.tolist()], np.int64)
-
-    def _output(self, values: Floats) -> Iterator[tuple[int, Floats]]:
-        """The rows that losses are over, with theta's part, a run at a time: (c, E)."""
-        adapted = self._places()
-        parts = [self._adaptation.part(number, values) for number in self._rows]
-        deltas = np.concatenate(parts) if parts else values[:0]
-        for low, rows in self._weights.output(self._choices):
-            inside = np.flatnonzero((adapted >= low) & (adapted < low + len(rows)))
-            if len(inside):
-                rows = rows.copy()
-                rows[adapted[inside] - low] += deltas[inside]
-            yield low, rows
-
-    def _groups(self, sites: Sequence[BlockSites]) -> list[NDArray[np.int64]]:
-        """Which examples go together: of similar length, and so many that memory bears them."""
-        lengths = np.array([len(one.keys) for one in sites])
-        counts = np.array([len(one.targets) for one in sites])
-        weights = self._weights
-        entries = lengths * weights.pairs * (weights.head_width + counts * weights.group)
-        entries += counts * weights.inner_width
-        order = np.lexsort((counts, lengths))
-        groups: list[NDArray[np.int64]] = []
-        first, most = 0, 0
-        for last, number in enumerate(order.tolist()):
-            most = max(most, int(entries[number]))
-            if most * (last - first + 1) > _AT_ONCE and last > first:
-                groups.append(order[first:last])
-                first, most = last, int(entries[number])
-        return [*groups, order[first:]] if len(order) else []
-
-
-@dataclass(frozen=True, slots=True)
-class _Head:
-    """What the output rows say of s sites, (s,) each."""
-
-    normaliser: NDArray[np.float64]
-    losses: NDArray[np.float64]
-    right: NDArray[np.bool_]
-
-
-@dataclass(frozen=True, slots=True)
-class _Told:
-    """Losses of examples as they are found, a group at a time."""
-
-    loss: NDArray[np.float64]
-    weight: NDArray[np.int64]
-    right: NDArray[np.bool_]
-
-    @classmethod
-    def of(cls, sites: Sequence[BlockSites]) -> "_Told":
-        weight = np.array([len(one.targets) for one in sites], np.int64)
-        return cls(np.zeros(len(sites)), weight, np.ones(len(sites), np.bool_))
-
-    def take(self, chosen: NDArray[np.int64], batch: _Batch, head: _Head) -> None:
-        owners = chosen[np.nonzero(batch.real)[0]]
-        np.add.at(self.loss, owners, head.losses)
-        np.logical_and.at(self.right, owners, head.right)
-
-    def losses(self) -> Losses:
-        return Losses(self.loss, self.weight, self.right)
-
-
-def _padded(parts: Sequence[NDArray[np.floating]], size: int) -> Floats:
-    """(B, size, d) float32, zero beyond each part's (n, d)."""
-    found = np.zeros((len(parts), size, parts[0].shape[1]), np.float32)
-    for row, part in zip(found, parts, strict=True):
-        row[: len(part)] = part
-    return found
 
 
 def _flat(heads: Floats) -> Floats:

@@ -14,13 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.engine import scoring
+from shared.engine.block_sites import BlockSites
 from shared.engine.block_weights import BlockWeights, last_block_tensors
 from shared.engine.decoding import decode
 from shared.engine.embeddings import Embeddings, rms
 from shared.engine.examples import first_tokens, tokens_after
 from shared.engine.fitting import OUTPUT, check_fit, supported_header
 from shared.engine.gguf_file import Header
-from shared.engine.last_block import BlockSites, LastBlock
+from shared.engine.last_block import LastBlock
 from shared.engine.layout import Batch, batches
 from shared.engine.llama_adapters import Control, Lora
 from shared.engine.model import Adaptation, Example, Losses, Sites

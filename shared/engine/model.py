@@ -19,8 +19,9 @@ from shared.engine.protocol import Facts
 from shared.messages.jobs import Block
 
 if TYPE_CHECKING:
+    from shared.engine.block_sites import BlockSites
     from shared.engine.chat import ChatTemplate  # Jinja, which only conversations need
-    from shared.engine.last_block import BlockSites, LastBlock
+    from shared.engine.last_block import LastBlock
 
 TEMPLATE_EDGE = "\n"
 """Stands for the text before a word where the template ends with `{text}` itself."""

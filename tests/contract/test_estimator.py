@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from shared import directions
 from shared.codec import encode_manifest
 from shared.directions import GAUSS8, GAUSS_UNIT
+from shared.engine.block_sites import BlockSites
 from shared.engine.examples import choice_tokens
 from shared.engine.fake import Words
 from shared.engine.job import Job
-from shared.engine.last_block import BlockSites, LastBlock
+from shared.engine.last_block import LastBlock
 from shared.engine.model import Adaptation, Example, Losses, Sites
 from shared.engine.probing import NAT, probe
 from shared.engine.protocol import Facts, OpenJob, Probe

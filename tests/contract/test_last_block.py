@@ -10,8 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from shared import directions
-from shared.engine import block_weights
-from shared.engine import last_block as closed_block
+from shared.engine import block_sites, block_weights
 from shared.engine.block_weights import BlockWeights
 from shared.engine.closed_form import ClosedForm
 from shared.engine.evaluating import evaluate
@@ -268,7 +267,7 @@ def test_what_else_is_measured_changes_no_example(
     assert [bool(one.right[0]) for one, _ in alone] == whole.right.tolist()
     apart = np.linalg.norm(sum(part for _, part in alone) - gradient)
     assert apart < 1e-4 * np.linalg.norm(gradient)
-    monkeypatch.setattr(closed_block, "_AT_ONCE", 50)
+    monkeypatch.setattr(block_sites, "_AT_ONCE", 50)
     backwards, other = closed.gradient(sites[::-1], values)
     assert backwards.loss[::-1] == pytest.approx(whole.loss, rel=1e-5)
     assert np.linalg.norm(other - gradient) < 1e-4 * np.linalg.norm(gradient)

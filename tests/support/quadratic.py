@@ -10,8 +10,9 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.engine.block_sites import BlockSites
 from shared.engine.fake import Words
-from shared.engine.last_block import BlockSites, LastBlock
+from shared.engine.last_block import LastBlock
 from shared.engine.model import Adaptation, Example, Losses, Sites
 from shared.engine.protocol import Facts
 

@@ -148,6 +148,8 @@ CHOSEN: dict[tuple[str, str], Table] = {
     ("mezo", "trec"): {"tuning.step": 1e-2},
     ("fwdllm", "ag_news"): {"tuning.step": 3e-2},
     ("fwdllm", "trec"): {"tuning.step": 3e-2},
+    ("fedkseed", "ag_news"): {"tuning.step": 1e-2},
+    ("fedkseed-pro", "ag_news"): {"tuning.step": 1e-2},
     ("fedkseed", "trec"): {"tuning.step": 3e-3},
     ("fedkseed-pro", "trec"): {"tuning.step": 3e-3},
 }
