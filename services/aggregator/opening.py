@@ -79,6 +79,12 @@ def _check_sizes(spec: JobSpec, *, walks: bool) -> None:
             f"pacing: minimum_probes {pacing.minimum_probes} is more than enough_probes"
             f" {pacing.enough_probes}"
         )
+    carried = (tuning.most_more + 1) * 4 * tuning.directions
+    if tuning.method == "fwdllm" and carried > MAX_EVENT_BYTES:
+        raise RejectError(
+            f"tuning: {tuning.most_more + 1} rounds of {tuning.directions} directions do not fit"
+            " one commit; lower directions or most_more"
+        )
     each = BYTES_A_WALKED if walks else BYTES_A_DIRECTION
     most = MAX_EVENT_BYTES // (each + BYTES_A_LATE_ROUND * pacing.lateness_rounds)
     directions = tuning.directions * tuning.candidates

@@ -11,10 +11,11 @@ from services.console.completion import LOCAL
 from services.console.failure import Usage, outcome
 from services.console.labels import labels_of, parse_labels
 from services.console.printing import Printer
-from services.console.spec import Table, read_file, wanted
+from services.console.spec import Table, Wanted, read_file, wanted
 from services.console.submit import Submission, located, submit
 from services.console.watch import watch
 from shared import subjects
+from shared.engine.protocol import Facts
 from shared.messages import JobAccepted, StopJob
 from shared.nats_bus import NatsBus
 
@@ -114,7 +115,11 @@ def submit_job(
     async def command() -> None:
         rows = await located(labels_from, data_set=True) if labels_from else None
         flags, file = given(rows), read_file(spec) if spec else {}
-        asked, otherwise = wanted(flags, file), wanted(flags, file, last_block=False)
+        asked = wanted(flags, file)
+
+        def otherwise(facts: Facts) -> Wanted:
+            return wanted(flags, file, last_block=False, own_rows=not facts.tied)
+
         path = await located(model, data_set=False)
         submission = Submission(name, path, asked, otherwise, not no_upload, url, engine)
         submission.check()

@@ -181,22 +181,28 @@ Threshold = Annotated[
     typer.Option(help="fwdllm: see --variance (raw 0.1).", rich_help_panel=METHOD),
 ]
 Rounds = Annotated[
-    int | None, typer.Option(min=1, help="Rounds of tuning (100).", rich_help_panel=METHOD)
+    int | None,
+    typer.Option(min=1, help="Rounds of tuning (100; last-block 60).", rich_help_panel=METHOD),
 ]
 Directions = Annotated[
     int | None,
-    typer.Option(min=1, help="Directions in a round's pool (512).", rich_help_panel=METHOD),
+    typer.Option(
+        min=1, help="Directions in a round's pool (512; last-block 4096).", rich_help_panel=METHOD
+    ),
 ]
 Eps = Annotated[
     float | None,
-    typer.Option(help="How far a probe steps along a direction (0.01).", rich_help_panel=METHOD),
+    typer.Option(
+        help="How far a probe steps along a direction (0.01; prompt 0.1).", rich_help_panel=METHOD
+    ),
 ]
 Step = Annotated[
     float | None,
     typer.Option(
         help="Length of a round's step along the gradient, in units of the adapter, falling to "
-        "a tenth at the last round (0.01; output-rows 0.03). With normalise = none in --spec: "
-        "the learning rate.",
+        "a tenth at the last round (0.01; output-rows 0.03). With local steps: the share of the "
+        "fleet's mean move that a round makes (1). With normalise = none in --spec: the learning "
+        "rate.",
         rich_help_panel=METHOD,
     ),
 ]
@@ -204,8 +210,8 @@ BatchRows = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Rows that a device measures a round on (32; output-rows 4096, as each is sent "
-        "forward only once).",
+        help="Rows that a device measures a round on (32; last-block 512, output-rows 4096: each "
+        "is sent forward only once).",
         rich_help_panel=METHOD,
     ),
 ]
@@ -214,7 +220,7 @@ Momentum = Annotated[
     typer.Option(
         min=0,
         max=255,
-        help="k of V = k/256 V + step; 230 is about 0.9 (0; output-rows 230).",
+        help="k of V = k/256 V + step; 230 is about 0.9 (0; last-block 128, output-rows 230).",
         rich_help_panel=METHOD,
     ),
 ]

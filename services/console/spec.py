@@ -55,6 +55,7 @@ DEFAULTS: dict[AdapterKind, dict[str, Table]] = {
             "momentum": 128,
             "local_steps": 16,
             "local_rate": 0.006,
+            "eps": 1e-5,
         },
     },
     "output-rows": {"tuning": GRADIENT},
@@ -62,7 +63,11 @@ DEFAULTS: dict[AdapterKind, dict[str, Table]] = {
     "control": {},
     "prompt": {"tuning": {"eps": 0.1, "step": 0.02, "momentum": 230}},
 }
-"""Where an adapter wants other numbers than the messages' own defaults."""
+"""Where an adapter wants other numbers than the messages' own defaults.
+
+With local steps eps is a unit alone: what leaves the device are 2 eps W times the move's products,
+in 2^-20 nat, and at 1e-5 they fit int32 up to weights W of millions.
+"""
 
 TABLES: dict[str, type[msgspec.Struct]] = {
     "task": Task,
@@ -84,12 +89,16 @@ class Wanted:
 
 
 def wanted(
-    flags: Mapping[str, Mapping[str, object]], file: Table, *, last_block: bool = True
+    flags: Mapping[str, Mapping[str, object]],
+    file: Table,
+    *,
+    last_block: bool = True,
+    own_rows: bool = True,
 ) -> Wanted:
     """Merge defaults, file and flags; `flags` maps table to field to value, None where not given.
 
     `last_block`: the model's last block has a closed form, so that it is tuned unless told
-    otherwise.
+    otherwise. `own_rows`: its output matrix is not its embedding table, so that rows can be.
 
     Raises:
         ConfigError: the file has an unknown key or a value of the wrong form; names it.
@@ -105,7 +114,8 @@ def wanted(
     own = METHODS[method].tables
     tuning = {**own.get("tuning", {}), **_table(file, "tuning"), **given.get("tuning", {})}
     how = tuning.get("how")
-    usual: AdapterKind = "output-rows" if labelled or how == "exact" else "lora"
+    rows = (labelled and own_rows) or how == "exact"
+    usual: AdapterKind = "output-rows" if rows else "lora"
     asked: Table = {
         "kind": "last-block" if last_block and how != "probe" else usual,
         **own.get("adapter", {}),
@@ -114,7 +124,7 @@ def wanted(
     }
     adapter = _parsed({"adapter": asked}, _AdapterTable, given).adapter
     ours = DEFAULTS[adapter.kind]
-    if adapter.kind == "last-block" and how == "probe":
+    if how == "probe" and adapter.kind in ("last-block", "output-rows"):
         ours = {**ours, "tuning": {}}
     elif adapter.kind == "last-block" and tuning.get("local_steps") == 0:
         ours = {**ours, "tuning": GRADIENT}
@@ -129,6 +139,12 @@ def wanted(
     spec = _parsed(merged, JobSpec, given)
     if spec.tuning.how == "exact" and adapter.kind not in ("last-block", "output-rows"):
         raise Usage("--how exact needs --adapter last-block or output-rows; use --how probe")
+    moves = method == "seedwire" and spec.tuning.local_steps
+    if moves and (spec.tuning.how, spec.tuning.normalise) != ("exact", "none"):
+        raise Usage(
+            "--local-steps needs --adapter last-block on a model with a closed form for it (or how "
+            "= exact and normalise = none in --spec)"
+        )
     task = msgspec.structs.replace(spec.task, labels=spaced(spec.task))
     return Wanted(msgspec.structs.replace(spec, task=task), adapter)
 

@@ -2,6 +2,7 @@
 
 import secrets
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -29,7 +30,7 @@ class Submission:
     job: str
     model: Path
     wanted: Wanted
-    otherwise: Wanted
+    otherwise: Callable[[Facts], Wanted]
     """What is asked for where the model's last block has no closed form."""
     upload: bool = True
     url: str | None = None
@@ -67,7 +68,7 @@ async def submit(bus: Link, submission: Submission, printer: Printer) -> None:
     """
     await ask(bus, subjects.JOB_LIST, ListJobs(), JobsListed)  # it is there, and so is the store
     facts = await inspect(submission)
-    asked = submission.wanted if facts.last_block else submission.otherwise
+    asked = submission.wanted if facts.last_block else submission.otherwise(facts)
     task = asked.spec.task
     ref = await digest(submission.model, printer.bars)
     variant = Variant(ref.digest, ref.size_bytes, submission.model.name[:200], submission.url)

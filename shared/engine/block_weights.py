@@ -57,6 +57,8 @@ class BlockWeights:
         self._epsilon = np.float32(header.number("attention.layer_norm_rms_epsilon") or 1e-5)
         self.width = width = int(header.number("embedding_length"))
         heads = int(header.number("attention.head_count"))
+        if heads < 1:
+            raise EngineError(f"{path}: its header has no attention.head_count; use how: probe")
         self.pairs = int(header.number("attention.head_count_kv")) or heads
         self.group = heads // self.pairs
         self.head_width = int(header.number("attention.key_length")) or width // heads

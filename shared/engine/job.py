@@ -154,6 +154,17 @@ class Job:
                 self._cache.put(row, sites)
         return [sites for row in rows if (sites := found[row]) is not None]
 
+    def gradient(self, closed: ClosedForm, rows: Rows) -> tuple[Losses, NDArray[np.float64]]:
+        """Losses of rows at theta, and the gradient of their sum, (d,) float64."""
+        whole = np.zeros(self.layout.d)
+        chunks: list[Losses] = []
+        for low in range(0, len(rows), _CHUNK_ROWS):
+            sites = self.sites(closed, rows[low : low + _CHUNK_ROWS])
+            losses, gradient = closed.gradient(sites, self.adapter.values())
+            whole += gradient
+            chunks.append(losses)
+        return _together(chunks), whole
+
     def losses(self, rows: Rows) -> Losses:
         """Losses of rows at theta."""
         chunks: list[Losses] = []
@@ -165,11 +176,7 @@ class Job:
             else:
                 self.model.stand(self.adapter.values())
                 chunks.append(self.model.measure(self.examples(chunk)))
-        return Losses(
-            np.concatenate([chunk.loss for chunk in chunks]),
-            np.concatenate([chunk.weight for chunk in chunks]),
-            np.concatenate([chunk.right for chunk in chunks]),
-        )
+        return _together(chunks)
 
     def _deeper(self, closed: ClosedForm) -> tuple[NDArray[np.float32], bytes]:
         """Theta with the blocks of the closed form at zero, and a stamp of it."""
@@ -194,6 +201,14 @@ class Job:
             refused_rows=sum(data.refused_rows for data in both),
             refused=[why for data in both for why in data.refused][:REFUSED_SHOWN],
         )
+
+
+def _together(chunks: Sequence[Losses]) -> Losses:
+    return Losses(
+        np.concatenate([chunk.loss for chunk in chunks]),
+        np.concatenate([chunk.weight for chunk in chunks]),
+        np.concatenate([chunk.right for chunk in chunks]),
+    )
 
 
 def _now(data: Dataset | None, setting: str) -> Rows:

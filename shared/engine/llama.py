@@ -289,9 +289,12 @@ class LlamaModel(Vocabulary):
     ) -> tuple[scoring.Logits, list[NDArray[np.float32]]]:
         """A pass's logits, and the states of width n_embd that `names` call in its graph."""
         self._watched = names
-        logits = self._forward(batch)
-        self._watched = ()
-        states = [np.concatenate(self._states.pop(name, [_NOTHING])) for name in names]
+        try:
+            logits = self._forward(batch)
+        finally:
+            self._watched = ()
+            seen, self._states = self._states, {}
+        states = [np.concatenate(seen.get(name, [_NOTHING])) for name in names]
         lengths = [len(logits) if name == _FINAL_STATE else len(batch.tokens) for name in names]
         if [len(state) for state in states] != lengths:
             raise EngineError("llama.cpp gave no inner states; use how: probe for this model")

@@ -3,7 +3,8 @@
 Source: Malladi et al., MeZO, algorithm 1 (two-point SPSA); Chaubard et al. (2026), 1.5-SPSA, for
 the bend from one clean pass.
 Differs in: loss differences leave as integers of 2^-20 nat, so that pooling is exact; for a scope
-of output rows, `exact` sends what the differences tend to, 2 eps <gradient, z>, from one pass.
+of blocks in closed form, `exact` sends what the differences tend to, 2 eps <gradient, z>, from one
+pass, or with local steps the same of the device's own move.
 """
 
 import hashlib
@@ -42,6 +43,8 @@ def probe(job: Job, request: Probe) -> ProbeResult:
     if request.how == "exact":
         base, differences = _exact(job, request, rows)
         kept = _fits(differences)
+        if request.local is not None and not kept.all():
+            raise EngineError("a move does not fit int32: lower the job's eps, or batch_rows")
         bends = np.empty(0)
     else:
         base, differences, bends = _probe(job, request, rows)
@@ -137,10 +140,10 @@ def _exact(job: Job, request: Probe, rows: list[Row | Turn]) -> tuple[Losses, ND
         raise EngineError(f"how: exact needs a closed form: {job.no_closed_form}")
     if not set(range(first, first + blocks)) <= set(closed.numbers):
         raise EngineError("how: exact needs a scope of blocks in closed form alone; use how: probe")
-    sites = job.sites(closed, rows)
     if request.local is None:
-        base, gradient = closed.gradient(sites, job.adapter.values())
+        base, gradient = job.gradient(closed, rows)
     else:
+        sites = job.sites(closed, rows)
         base = closed.losses(sites, job.adapter.values())
         moved = descended(job, request, request.local, sites)
         gradient = -moved * int(base.weight.sum())

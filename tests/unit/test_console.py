@@ -335,3 +335,24 @@ def test_labels_come_from_the_command_line_or_the_rows(tmp_path: Path) -> None:
     rows = [{"text": "t", "label": "b"}, {"text": "t", "label": 3}, {"prompt": "p"}, "no object"]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\nnot JSON\n")
     assert labels_of(tmp_path / "data.jsonl") == {"3": "3", "b": "b"}
+
+
+def test_a_tied_model_without_a_closed_form_is_tuned_by_a_lora() -> None:
+    flags = {"task": {"labels": {"a": "apple", "b": "banana"}}}
+    found = wanted(flags, {}, last_block=False, own_rows=False)
+    assert (found.adapter.kind, found.spec.tuning.how) == ("lora", "probe")
+
+
+def test_local_steps_without_a_closed_form_are_refused_before_anything_is_uploaded() -> None:
+    flags = {"tuning": {"local_steps": 4}, "adapter": {"kind": "lora"}}
+    with pytest.raises(Usage, match="--local-steps needs"):
+        wanted(flags, {})
+
+
+def test_probes_of_output_rows_take_a_probes_numbers() -> None:
+    flags = {
+        "task": {"labels": {"a": "apple", "b": "banana"}},
+        "tuning": {"how": "probe"},
+        "adapter": {"kind": "output-rows"},
+    }
+    assert wanted(flags, {}).spec.tuning.batch_rows == 32

@@ -311,8 +311,8 @@ async def test_a_submitted_job_brings_its_model_and_a_manifest_of_it(tmp_path: P
     model = tmp_path / "model.json"
     model.write_text(json.dumps({"n_embd": 16, "n_vocab": 512}))
     flags = {"task": {"labels": {"a": "apple", "b": "banana", "c": "cherry"}}}
-    asked, otherwise = wanted(flags, {}), wanted(flags, {}, last_block=False)
-    submission = Submission("demo", model, asked, otherwise, engine="fake")
+    asked, rows = wanted(flags, {}), wanted(flags, {}, last_block=False)
+    submission = Submission("demo", model, asked, lambda _: rows, engine="fake")
     async with a_fleet(JobsListed(jobs=[]), JobAccepted(job="demo")) as (bus, _, services):
         printer, written = paper()
         await submit(bus, submission, printer)
@@ -320,7 +320,7 @@ async def test_a_submitted_job_brings_its_model_and_a_manifest_of_it(tmp_path: P
         assert isinstance(request, SubmitJob)
         made = decode_manifest(request.manifest)
         assert (made.d, made.architecture) == (3 * 16, "fake")
-        assert request.spec == otherwise.spec  # the fake model has no last block
+        assert request.spec == rows.spec  # the fake model has no last block
         stored = await bus.get_last(
             subjects.BLOBS_STREAM, subjects.blob(made.variants[0].digest, 0)
         )

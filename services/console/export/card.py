@@ -36,7 +36,7 @@ def text(tuned: Tuned, forms: list[str], *, inside: bool = False) -> str:
     parts = [
         f"# {tuned.job}: an adapter for {tuned.base.name}\n",
         "Tuned with [Seedwire](#how-it-was-tuned) by a fleet of devices that only ran the model: "
-        "none of them computed a gradient, and the data never left them.\n",
+        "none of them backpropagated through it, and the data never left them.\n",
         _table([("", ""), *_facts(tuned)]),
         *_task(tuned),
         *_tuning(tuned),
@@ -136,9 +136,9 @@ def _tuning(tuned: Tuned) -> list[str]:
     ]
     return [
         "## How it was tuned\n",
-        "Each device measured, on its own data, how its loss moves along random directions that "
-        "everybody regenerates from a seed, and sent those numbers alone. Their sum moves the "
-        "adapter. The data is the devices' own: it was not collected, and is not described here.\n",
+        "Each device found, on its own data, how far to go along random directions that everybody "
+        "regenerates from a seed, and sent those numbers alone. Their sum moves the adapter. The "
+        "data is the devices' own: it was not collected, and is not described here.\n",
         _table([("", ""), *rows]),
     ]
 
