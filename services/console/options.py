@@ -148,7 +148,7 @@ LocalSteps = Annotated[
     typer.Option(
         min=0,
         help="Steps that a device takes by itself in a round: with last-block, in closed form "
-        "(16; 0: it sends its gradient), with fedkseed along directions of the pool (200).",
+        "(4; 0: it sends its gradient), with fedkseed along directions of the pool (200).",
         rich_help_panel=METHOD,
     ),
 ]
@@ -182,7 +182,7 @@ Threshold = Annotated[
 ]
 Rounds = Annotated[
     int | None,
-    typer.Option(min=1, help="Rounds of tuning (100; last-block 60).", rich_help_panel=METHOD),
+    typer.Option(min=1, help="Rounds of tuning (100).", rich_help_panel=METHOD),
 ]
 Directions = Annotated[
     int | None,

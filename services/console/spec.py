@@ -46,15 +46,15 @@ DEFAULTS: dict[AdapterKind, dict[str, Table]] = {
         "adapter": {"rank": 8},
         "tuning": {
             "how": "exact",
-            "rounds": 60,
+            "rounds": 100,
             "directions": 4096,
             "batch_rows": 512,
             "normalise": "none",
             "step": 1.0,
             "final_step": 0.05,
             "momentum": 128,
-            "local_steps": 16,
-            "local_rate": 0.006,
+            "local_steps": 4,
+            "local_rate": 0.01,
             "eps": 1e-5,
         },
     },
@@ -66,7 +66,10 @@ DEFAULTS: dict[AdapterKind, dict[str, Table]] = {
 """Where an adapter wants other numbers than the messages' own defaults.
 
 With local steps eps is a unit alone: what leaves the device are 2 eps W times the move's products,
-in 2^-20 nat, and at 1e-5 they fit int32 up to weights W of millions.
+in 2^-20 nat, and at 1e-5 they fit int32 up to weights W of millions. Local steps pass about once
+over a device's rows: tried on ag_news with llama-3m and 16 devices of 250 rows, 4 steps at 0.01
+answer 74.5 % (loss 0.70) of held-out rows after 100 rounds, 16 at 0.01 only 71.4 % (0.83) after 40,
+no longer falling; on trec it is 16 at 0.006 that answer more (79.5 % against 76.4 %).
 """
 
 TABLES: dict[str, type[msgspec.Struct]] = {

@@ -140,13 +140,20 @@ START["fedkseed-pro"] = START["fedkseed"]
 
 CHOSEN: dict[tuple[str, str], Table] = {
     ("seedwire", "clinc150"): {"pacing.enough_devices": 10},  # one a domain
+    ("seedwire", "trec"): {
+        "tuning.local_steps": 16,
+        "tuning.local_rate": 6e-3,
+        "tuning.rounds": 80,
+    },
     ("head", "trec"): {"learning_rate": 0.015},
     ("head", "ag_news"): {"learning_rate": 0.01},
     ("ceiling", ""): {"learning_rate": 3e-3},
     ("ceiling", "trec"): {"learning_rate": 1e-3},
     ("mezo", "ag_news"): {"tuning.step": 3e-2},
+    ("mezo", "e2e_nlg"): {"tuning.step": 3e-2},
     ("mezo", "trec"): {"tuning.step": 1e-2},
     ("fwdllm", "ag_news"): {"tuning.step": 3e-2},
+    ("fwdllm", "e2e_nlg"): {"tuning.step": 1e-1},
     ("fwdllm", "trec"): {"tuning.step": 3e-2},
     ("fedkseed", "ag_news"): {"tuning.step": 1e-2},
     ("fedkseed-pro", "ag_news"): {"tuning.step": 1e-2},
@@ -160,7 +167,10 @@ GRID: dict[str, list[Table]] = {
     "fwdllm": [{"tuning.step": step} for step in (3e-2, 1e-1, 3e-1, 1.0)],
     "fedkseed": [{"tuning.step": step} for step in (3e-4, 1e-3, 3e-3, 1e-2)],
     "fedkseed-pro": [{"tuning.step": step} for step in (3e-4, 1e-3, 3e-3, 1e-2)],
-    "seedwire": [{"tuning.local_rate": rate} for rate in (0.003, 0.006, 0.01, 0.02)],
+    "seedwire": [
+        {"tuning.local_steps": steps, "tuning.local_rate": rate}
+        for steps, rate in ((4, 0.01), (4, 0.025), (16, 0.003), (16, 0.006))
+    ],
     "head": [{"learning_rate": rate} for rate in (0.003, 0.006, 0.01, 0.015)],
     "ceiling": [{"learning_rate": rate} for rate in (1e-3, 2e-3, 3e-3, 6e-3)],
 }
