@@ -4,6 +4,7 @@ from edge_client.measured import Ask, Measured
 from edge_client.state import Speeded
 from shared.engine.protocol import Probe, Probed
 from shared.messages import ProbeWork, WorkAssigned
+from shared.ranges import width
 
 
 async def probe(assigned: WorkAssigned, work: ProbeWork, ask: Ask) -> Measured:
@@ -27,7 +28,6 @@ async def probe(assigned: WorkAssigned, work: ProbeWork, ask: Ask) -> Measured:
         local=work.local,
     )
     probed = await ask(request, Probed)
-    directions = sum(count for _, count in work.ranges)
     what: Speeded = "exact_s" if work.how == "exact" else "probe_s"
-    unit_s = probed.seconds if work.how == "exact" else probed.seconds / max(directions, 1)
+    unit_s = probed.seconds if work.how == "exact" else probed.seconds / max(width(work.ranges), 1)
     return Measured(probed.result, probed.seconds, probed.passes, what, unit_s)

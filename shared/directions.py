@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.messages.jobs import Distribution
+from shared.ranges import indices, width
 
 A_ROUND = 2**32 - 1
 """The stream round that is reserved for the fixed A of LoRA blocks."""
@@ -42,11 +43,6 @@ def group_bytes(seed: int, round: int, group: int, start: int, count: int) -> ND
     """Bytes of one group for parameters [start, start + count): (count,) uint8."""
     block, skip = divmod(start, _BLOCK_BYTES)
     return _bytes(_generator(seed, round, group, block), skip + count)[skip:]
-
-
-def width(ranges: Ranges) -> int:
-    """How many directions `ranges` holds."""
-    return sum(count for _, count in ranges)
 
 
 def one(
@@ -107,7 +103,7 @@ def dots(
     found: dict[int, NDArray[np.float64]] = {}
     products: list[float] = []
     per_group = 1 if distribution == "gauss8" else 8
-    for index in _indices(ranges):
+    for index in indices(ranges):
         group, bit = divmod(index, per_group)
         if group not in found:
             packed = group_bytes(seed, round, group, start, len(vector))
@@ -130,7 +126,7 @@ def lengths(
     if distribution == "signs":
         return np.full(width(ranges), np.sqrt(count))
     squares = np.square(GAUSS8 / GAUSS_UNIT)
-    drawn = (group_bytes(seed, round, index, start, count) for index in _indices(ranges))
+    drawn = (group_bytes(seed, round, index, start, count) for index in indices(ranges))
     found = [float(np.bincount(packed, minlength=256) @ squares) for packed in drawn]
     return np.sqrt(np.array(found, np.float64))
 
@@ -184,22 +180,17 @@ def _add_chunk(
     chunk += running
 
 
-def _indices(ranges: Ranges) -> Iterator[int]:
-    for first, count in ranges:
-        yield from range(first, first + count)
-
-
 def _tables(
     ranges: Ranges, coefficients: NDArray[np.int32], distribution: Distribution
 ) -> Iterator[tuple[int, NDArray[np.int64]]]:
     """A 256-entry table of partial sums for each group that `ranges` touches."""
     if distribution == "gauss8":
-        for index, coefficient in zip(_indices(ranges), coefficients.tolist(), strict=True):
+        for index, coefficient in zip(indices(ranges), coefficients.tolist(), strict=True):
             if coefficient:
                 yield index, GAUSS8.astype(np.int64) * coefficient
         return
     groups: dict[int, NDArray[np.int64]] = {}
-    for index, coefficient in zip(_indices(ranges), coefficients.tolist(), strict=True):
+    for index, coefficient in zip(indices(ranges), coefficients.tolist(), strict=True):
         groups.setdefault(index >> 3, np.zeros(8, np.int64))[index & 7] += coefficient
     for group, weights in groups.items():
         if weights.any():

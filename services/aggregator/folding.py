@@ -19,7 +19,6 @@ from services.aggregator.rounds import RoundRecord
 from services.aggregator.terms import merged
 from services.aggregator.walking import WalkBatch
 from shared.adapter import term
-from shared.directions import width
 from shared.errors import InvalidUpdate, StaleMessage
 from shared.messages import (
     EvaluateResult,
@@ -32,6 +31,7 @@ from shared.messages import (
     UpdatesFolded,
     WalkResult,
 )
+from shared.ranges import width
 
 Slopes = ProbeResult | WalkResult
 

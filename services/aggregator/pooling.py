@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.directions import width
 from shared.errors import InvalidUpdate
 from shared.messages import PoolSums, ProbeResult, Range, WalkSums
+from shared.ranges import width
 
 QUANTUM = 2.0**-20
 """One step of a loss difference, nats."""

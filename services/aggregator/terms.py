@@ -7,16 +7,9 @@ from numpy.typing import NDArray
 
 from shared.adapter import coefficients, term
 from shared.messages import Term
+from shared.ranges import indices, runs
 
 _MOST_RUNS = 1024
-
-
-def runs(indices: NDArray[np.intp]) -> list[tuple[int, int]]:
-    """Ascending indices as runs (first, count)."""
-    if not len(indices):
-        return []
-    breaks = np.flatnonzero(np.diff(indices) != 1) + 1
-    return [(int(run[0]), len(run)) for run in np.split(indices, breaks)]
 
 
 def merged(terms: Sequence[Term]) -> list[Term]:
@@ -25,14 +18,13 @@ def merged(terms: Sequence[Term]) -> list[Term]:
     for one in terms:
         found = sums.setdefault((one.stream_round, one.scope), {})
         values = coefficients(one).tolist()
-        indices = (i for first, count in one.ranges for i in range(first, first + count))
-        for index, value in zip(indices, values, strict=True):
+        for index, value in zip(indices(one.ranges), values, strict=True):
             found[index] = found.get(index, 0) + value
     added: list[Term] = []
     for (stream_round, scope), found in sorted(sums.items()):
-        indices = np.array(sorted(found), np.intp)
-        values = np.array([found[int(index)] for index in indices], np.int64)
-        added.append(term(stream_round, scope, runs(indices), values))
+        moved = sorted(found)
+        values = np.array([found[index] for index in moved], np.int64)
+        added.append(term(stream_round, scope, runs(moved), values))
     return added
 
 
@@ -40,9 +32,9 @@ def of_pool(
     stream_round: int, scope: tuple[int, int], values: NDArray[np.int64], measured: NDArray[np.bool]
 ) -> Term:
     """The term of a whole pool: (P,) coefficients where `measured` (P,) says there is one."""
-    indices = np.flatnonzero(measured)
-    found = runs(indices)
+    moved = np.flatnonzero(measured)
+    found = runs(moved.tolist())
     if len(found) > _MOST_RUNS:  # zeros cost less than runs
-        found = [(int(indices[0]), int(indices[-1] - indices[0] + 1))]
-        indices = np.arange(indices[0], indices[-1] + 1)
-    return term(stream_round, scope, found, values[indices])
+        found = [(int(moved[0]), int(moved[-1] - moved[0] + 1))]
+        moved = np.arange(moved[0], moved[-1] + 1)
+    return term(stream_round, scope, found, values[moved])

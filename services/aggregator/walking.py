@@ -9,10 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.aggregator.pooling import QUANTUM, check_ranges, indices_of
-from services.aggregator.terms import runs
-from shared.directions import width
 from shared.errors import InvalidUpdate
 from shared.messages import Importance, RoundOpened, WalkResult, WalkSums
+from shared.ranges import runs, width
 
 
 @dataclass
@@ -90,7 +89,7 @@ class WalkBatch:
             sized[indices] = False
             found.append(
                 WalkSums(
-                    ranges=runs(indices),
+                    ranges=runs(indices.tolist()),
                     half=half,
                     differences=self.differences[half, indices].astype("<i8").tobytes(),
                     share=self.shares[half],

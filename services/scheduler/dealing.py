@@ -28,11 +28,6 @@ def left_out(pool: int, survivors: Sequence[Range]) -> list[Range]:
     return [(start, end - start) for start, end in _gaps(0, pool, survivors) if end > start]
 
 
-def width(ranges: Sequence[Range]) -> int:
-    """How many directions `ranges` holds."""
-    return sum(count for _, count in ranges)
-
-
 def _gaps(start: int, end: int, own: Sequence[Range]) -> list[tuple[int, int]]:
     """What of [start, end) is not in `own`, in order."""
     gaps: list[tuple[int, int]] = []

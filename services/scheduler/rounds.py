@@ -8,7 +8,7 @@ from math import ceil
 
 from services.scheduler import cost_model
 from services.scheduler.cost_model import Paces, Rates
-from services.scheduler.dealing import deal, left_out, width
+from services.scheduler.dealing import deal, left_out
 from services.scheduler.offers import Offer, Selection
 from shared.messages import (
     EvaluateWork,
@@ -20,6 +20,7 @@ from shared.messages import (
     WalkWork,
     WorkAssigned,
 )
+from shared.ranges import width
 
 OPENING, REPLACEMENTS, SECOND = 1, 2, 3
 """Waves of calls: as the round opens; for those called that do not come; at half its deadline."""

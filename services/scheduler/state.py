@@ -10,7 +10,6 @@ from heapq import nlargest
 from math import inf
 from zlib import crc32
 
-from services.scheduler.dealing import width
 from services.scheduler.devices import Device
 from services.scheduler.jobs import Job, JobFact
 from services.scheduler.offers import Offer, Selection
@@ -32,6 +31,7 @@ from shared.messages import (
     WalkWork,
     WorkAssigned,
 )
+from shared.ranges import width
 
 REPORT_WAIT_S = 5.0
 """When a device whose report is wanted comes again, if it is not woken before."""

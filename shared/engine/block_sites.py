@@ -16,7 +16,7 @@ from shared.engine.model import Losses
 Floats = NDArray[np.float32]
 
 _AT_ONCE = 1 << 18
-"""Entries of a batch's largest arrays: 1 MB each."""
+"""Entries of a batch's largest arrays inside the block: 1 MB each."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ class BlockWeights:
         if header.architecture not in CLOSED_FORM:
             raise EngineError(
                 f"{path}: the last block of {header.architecture} has no closed form here; use "
-                "--adapter output-rows, or how: probe"
+                "how: probe, or --adapter output-rows"
             )
         layers = int(header.number("block_count"))
         prefix = f"blk.{layers - 1}."
@@ -80,7 +80,7 @@ class BlockWeights:
         sizes = [math.prod(header.tensors[name]) for name in self.roles]
         self._kept: dict[str, Floats] | None = {} if sum(sizes) <= _KEPT else None
         self.inner_width = header.tensors[f"{prefix}ffn_up.weight"][1]
-        self._output: tuple[bytes, Floats] | None = None
+        self._output: tuple[NDArray[np.int64], Floats] | None = None
 
     def _check(self, path: str, header: Header, prefix: str, width: int, all_heads: int) -> None:
         """Find a tensor whose shape or type is not as `through` and `heads` take it to be.
@@ -122,25 +122,15 @@ class BlockWeights:
     def output(self, choices: NDArray[np.int64] | None) -> Iterator[tuple[int, Floats]]:
         """Rows `choices` of the output matrix, or all, a run at a time: its first place, (c, E)."""
         height = self._weights.height(self._output_name)
-        if choices is not None:
-            yield 0, self._held(choices.tobytes(), choices.tolist())
+        if choices is None and height * self.width > _KEPT:
+            step = max(1, _AT_ONCE // self.width)
+            for low in range(0, height, step):
+                yield low, self._weights.rows(self._output_name, low, min(height, low + step))
             return
-        step = max(1, _AT_ONCE // self.width)
-        if height * self.width <= _KEPT:
-            yield 0, self._held(b"", None)
-            return
-        for low in range(0, height, step):
-            yield low, self._weights.rows(self._output_name, low, min(height, low + step))
-
-    def _held(self, stamp: bytes, rows: list[int] | None) -> Floats:
-        if self._output is None or self._output[0] != stamp:
-            name = self._output_name
-            if rows is None:
-                found = self._weights.matrix(name)
-            else:
-                found = np.concatenate([self._weights.rows(name, row, row + 1) for row in rows])
-            self._output = (stamp, found)
-        return self._output[1]
+        rows = np.arange(height) if choices is None else choices
+        if self._output is None or not np.array_equal(self._output[0], rows):
+            self._output = (rows, self._weights.chosen(self._output_name, rows))
+        yield 0, self._output[1]
 
     def through(self, role: str, entering: Floats) -> Floats:
         """What matrix `role` makes of (..., d_in): (..., d_out)."""

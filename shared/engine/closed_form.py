@@ -14,6 +14,7 @@ from shared.engine import last_layer
 from shared.engine.block_sites import BlockSites
 from shared.engine.last_block import LastBlock
 from shared.engine.model import Adaptation, Example, Losses, Model, Sites
+from shared.errors import EngineError
 
 Floats = NDArray[np.float32]
 
@@ -50,18 +51,22 @@ class ClosedForm(Protocol):
         ...
 
 
-def closed_form(model: Model, adaptation: Adaptation) -> ClosedForm | None:
-    """The closed form of as many blocks of the manifest as there is one for; None: of none.
+def closed_form(model: Model, adaptation: Adaptation) -> tuple[ClosedForm | None, str]:
+    """The closed form of as many blocks of the manifest as there is one for, and why of no more.
 
-    Raises:
-        EngineError: the model's last block is wanted and has none; names the mend.
+    The reason names the mend; it is for whoever asks for more than there is.
     """
+    why = "there is none for these blocks; use how: probe"
     lora = {block.tensor for block in adaptation.blocks if block.kind == "lora_b"}
-    if lora and model.last_block_tensors >= lora and not _steered(adaptation, min(lora)):
-        return _Block(model, model.last_block())
-    if len(adaptation.output_rows):
-        return _Rows(model, adaptation)
-    return None
+    if lora:
+        try:
+            block = model.last_block()
+        except EngineError as error:  # probes can do without
+            why = str(error)
+        else:
+            if lora <= block.tensors and not _steered(adaptation, min(lora)):
+                return _Block(model, block), why
+    return (_Rows(model, adaptation) if len(adaptation.output_rows) else None), why
 
 
 def _steered(adaptation: Adaptation, tensor: str) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.engine.closed_form import Kept
+from shared.engine.closed_form import ClosedForm, Kept
 from shared.engine.drawing import generator, mini_batches
 from shared.engine.job import Job
 from shared.engine.protocol import Probe
@@ -21,7 +21,7 @@ _MEAN, _SQUARE, _TINY = 0.9, 0.99, 1e-8
 
 
 def descended(
-    job: Job, request: Probe, local: LocalSteps, sites: Sequence[Kept]
+    job: Job, closed: ClosedForm, request: Probe, local: LocalSteps, sites: Sequence[Kept]
 ) -> NDArray[np.float64]:
     """By how much the device would move theta from where it stands: (d,) float64, 0 outside scope.
 
@@ -31,9 +31,8 @@ def descended(
     Raises:
         EngineError: the steps diverged.
     """
-    closed = job.closed
-    assert closed is not None
-    span = slice(*_ends(job.layout.span(request.scope)))
+    first, count = job.layout.span(request.scope)
+    span = slice(first, first + count)
     start = job.adapter.values()
     place = start.astype(np.float64)
     mean, square = np.zeros(len(place)), np.zeros(len(place))
@@ -51,8 +50,3 @@ def descended(
     if not np.isfinite(place).all():
         raise EngineError("the local steps diverged: lower the job's local rate")
     return place - start
-
-
-def _ends(span: tuple[int, int]) -> tuple[int, int]:
-    start, count = span
-    return start, start + count

@@ -11,13 +11,30 @@ from shared.errors import EngineError
 
 
 def generator(job: Job, round: int, part: int, what: str) -> np.random.Philox:
-    """Philox4x64-10 whose key is the first 16 bytes of a SHA-256 of what names the steps."""
+    """Chance for `what` of a device's part of a round.
+
+    Keyed by "seedwire walk ", `what`, a zero byte, seed u64le, round and part u32le, and device.
+    """
     seed = job.adapter.manifest.seed
     numbers = seed.to_bytes(8, "little") + round.to_bytes(4, "little")
     numbers += part.to_bytes(4, "little")
     material = b"seedwire walk " + what.encode() + b"\0" + numbers
-    digest = hashlib.sha256(material + job.request.device.encode()).digest()
-    return np.random.Philox(key=np.frombuffer(digest[:16], "<u8").astype(np.uint64))
+    return _keyed(material + job.request.device.encode())
+
+
+def batch(seed: int, round: int, device: str, rows: int, batch_rows: int) -> list[int]:
+    """The rows that `device` measures in `round`: min(rows, batch_rows) of [0, rows), ascending.
+
+    A pure function, so that every part of a round's work repeats it: the rows with the smallest of
+    the first `rows` words of Philox4x64-10, its key the first 16 bytes (two little-endian words) of
+    SHA-256("seedwire batch", seed u64le, round u32le, device).
+    """
+    if rows <= batch_rows:
+        return list(range(rows))
+    material = b"seedwire batch" + seed.to_bytes(8, "little") + round.to_bytes(4, "little")
+    words = _keyed(material + device.encode()).random_raw(rows)
+    chosen = np.argsort(words, kind="stable")[:batch_rows]
+    return np.sort(chosen).tolist()
 
 
 def draws(
@@ -51,3 +68,9 @@ def mini_batches(
         shuffled = np.argsort(generator.random_raw(rows), kind="stable")
         for low in range(0, rows - size + 1, size):
             yield np.sort(shuffled[low : low + size])
+
+
+def _keyed(material: bytes) -> np.random.Philox:
+    """Philox4x64-10; its key is the first 16 bytes, two little-endian words, of the SHA-256."""
+    key = np.frombuffer(hashlib.sha256(material).digest()[:16], "<u8")
+    return np.random.Philox(key=key.astype(np.uint64))

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.engine.gguf_file import Header
-from shared.engine.native import as_floats, row_bytes
+from shared.engine.weights import Weights
 
 TABLE = "token_embd.weight"
 _SCALED = ("gemma3",)
@@ -19,18 +19,14 @@ class Embeddings:
     """Looks tokens up; the file's pages come into memory as they are asked for."""
 
     def __init__(self, path: str, header: Header) -> None:
-        self.width, count = header.tensors[TABLE]
-        self._kind, offset = header.places[TABLE]
-        shape = (count, row_bytes(self._kind, self.width))
-        self._table = np.memmap(path, np.uint8, "r", offset, shape)
+        self._weights = Weights(path, header)
+        self.width = header.tensors[TABLE][0]
         scaled = header.architecture in _SCALED
         self._scale = np.sqrt(np.float32(self.width)) if scaled else np.float32(1.0)
 
     def rows(self, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
         """(n,) -> (n, n_embd) float32."""
-        packed = np.ascontiguousarray(self._table[tokens]).reshape(-1)
-        found = as_floats(packed.data, self._kind, len(tokens) * self.width)
-        return found.reshape(len(tokens), self.width) * self._scale
+        return self._weights.chosen(TABLE, tokens) * self._scale
 
 
 def rms(rows: NDArray[np.float32]) -> float:

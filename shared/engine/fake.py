@@ -183,10 +183,6 @@ class FakeModel(Words):
         )
         return list(scoring.split(whole, [len(example.targets) for example in examples]))
 
-    @property
-    def last_block_tensors(self) -> set[str]:
-        return set()
-
     def last_block(self) -> LastBlock:
         raise EngineError("the fake model has no last block; use how: probe")
 

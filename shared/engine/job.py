@@ -55,12 +55,7 @@ class Job:
             self.model.close()
             raise
         self.model.choose_among(choices)
-        self.closed: ClosedForm | None = None
-        self.no_closed_form = "there is none for these blocks; use how: probe"
-        try:
-            self.closed = closed_form(self.model, adaptation)
-        except EngineError as error:  # probes can do without
-            self.no_closed_form = str(error)
+        self.closed, self.no_closed_form = closed_form(self.model, adaptation)
         self._cache = SiteCache()
         self._base: tuple[object, Losses] | None = None
         self._round: tuple[int, Rows] | None = None

@@ -67,6 +67,11 @@ class LastBlock:
         self._rows = [n for n, block in enumerate(adaptation.blocks) if block.kind == "output_rows"]
 
     @property
+    def tensors(self) -> set[str]:
+        """Its matrices."""
+        return set(self._weights.roles)
+
+    @property
     def numbers(self) -> list[int]:
         """The manifest's blocks whose slopes are known in closed form."""
         return sorted([*self._rows, *(n for slots in self._slots.values() for n in slots)])

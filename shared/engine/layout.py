@@ -4,8 +4,9 @@ The layout is a function of the examples alone. That matters: the same batch is 
 pass to pass, another place in the batch is not.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,18 +40,28 @@ def batches(
     None may exceed `max_tokens`; one that alone is read at more than `max_read` positions gets a
     batch of its own.
     """
-    packed: list[Batch] = []
-    first = used = read = 0
-    for number, example in enumerate(examples):
-        used += len(example.tokens)
-        read += len(example.targets)
-        full = used > max_tokens or read > max_read or number - first == max_sequences
-        if full and number > first:
-            packed.append(_batch(examples, first, number))
-            first, used, read = number, len(example.tokens), len(example.targets)
-    if len(examples) > first:
-        packed.append(_batch(examples, first, len(examples)))
-    return packed
+    tokens = [len(example.tokens) for example in examples]
+    reads = [len(example.targets) for example in examples]
+    runs = packed([(tokens, max_tokens), (reads, max_read)], max_sequences)
+    return [_batch(examples, first, end) for first, end in runs]
+
+
+def packed(limits: list[tuple[list[int], int]], most: int) -> Iterator[tuple[int, int]]:
+    """Runs [first, end) of at most `most`, whose sizes come to no more than each limit.
+
+    One that alone is larger has a run of its own.
+    """
+    sums = [list(accumulate(sizes, initial=0)) for sizes, _ in limits]
+    count = len(sums[0]) - 1
+    first = 0
+    for number in range(1, count + 1):
+        full = number == count or number + 1 - first > most
+        if full or any(
+            upto[number + 1] - upto[first] > limit
+            for upto, (_, limit) in zip(sums, limits, strict=True)
+        ):
+            yield first, number
+            first = number
 
 
 def _batch(examples: Sequence[Example], first: int, end: int) -> Batch:

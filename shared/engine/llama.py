@@ -211,14 +211,9 @@ class LlamaModel(Vocabulary):
         for batch in self._lay_out(examples):
             logits, (hidden,) = self._watch(batch, _FINAL_STATE)
             whole = scoring.sites(logits, hidden, batch.targets, self._rows, self._choices)
-            first, last = int(batch.owners[0]), int(batch.owners[-1])
-            counts = [len(example.targets) for example in examples[first : last + 1]]
+            counts = [len(example.targets) for example in _of(batch, examples)]
             found.extend(scoring.split(whole, counts))
         return found
-
-    @property
-    def last_block_tensors(self) -> set[str]:
-        return last_block_tensors(self._path, self._header)
 
     def last_block(self) -> LastBlock:
         weights = BlockWeights(self._path, self._header)
@@ -229,8 +224,7 @@ class LlamaModel(Vocabulary):
         found: list[BlockSites] = []
         for batch in self._lay_out(examples):
             _, (hidden, streams) = self._watch(batch, _FINAL_STATE, entering)
-            first, last = int(batch.owners[0]), int(batch.owners[-1])
-            chosen = examples[first : last + 1]
+            chosen = _of(batch, examples)
             ends = np.cumsum([len(example.tokens) for example in chosen])[:-1]
             sites = np.cumsum([len(example.targets) for example in chosen])[:-1]
             found.extend(block.sites(chosen, np.split(streams, ends), np.split(hidden, sites)))
@@ -251,12 +245,20 @@ class LlamaModel(Vocabulary):
         wanted.no_perf = True
         if len(self._blocks.prompt_tokens):
             keep_texts(wanted, self._model, header, self._batch_tokens)
-        wanted.cb_eval = self._evaluated
+        if self._may_watch(header):  # it is called for every node of the graph
+            wanted.cb_eval = self._evaluated
         context = native.llama_init_from_model(self._model, wanted)
         if not context:
             native.llama_model_free(self._model)
             raise EngineError(f"{path}: no memory for {self._batch_tokens} tokens; {reason()}")
         return context
+
+    def _may_watch(self, header: Header) -> bool:
+        """Whether the manifest has what a closed form reads inner states for."""
+        lora = [block.tensor for block in self._blocks.blocks if block.kind == "lora_b"]
+        last = f"blk.{int(header.number('block_count')) - 1}."
+        inside = bool(lora) and all(tensor.startswith(last) for tensor in lora)
+        return inside or len(self._rows) > 0
 
     def _lay_out(self, examples: Sequence[Example]) -> Sequence[Batch]:
         """The batches of `examples`; those of the last call are kept."""
@@ -311,3 +313,8 @@ class LlamaModel(Vocabulary):
         read_tensor(tensor, state.ctypes.data, 0, state.nbytes)
         self._states.setdefault(name, []).append(state)
         return True
+
+
+def _of(batch: Batch, examples: Sequence[Example]) -> Sequence[Example]:
+    """Those of `examples` that a batch holds."""
+    return examples[int(batch.owners[0]) : int(batch.owners[-1]) + 1]

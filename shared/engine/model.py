@@ -156,11 +156,6 @@ class Model(Tokenizer, Protocol):
         """
         ...
 
-    @property
-    def last_block_tensors(self) -> set[str]:
-        """The matrices of its last block for which there is a closed form."""
-        ...
-
     def last_block(self) -> "LastBlock":
         """Its last block, with the manifest's blocks that lie in it; after `choose_among`.
 

@@ -7,19 +7,19 @@ of blocks in closed form, `exact` sends what the differences tend to, 2 eps <gra
 pass, or with local steps the same of the device's own move.
 """
 
-import hashlib
-
 import numpy as np
 from numpy.typing import NDArray
 
 from shared import directions
 from shared.dataset import Row, Turn
 from shared.engine.descending import descended
+from shared.engine.drawing import batch
 from shared.engine.job import Job
 from shared.engine.model import Losses
 from shared.engine.protocol import Probe
 from shared.errors import EngineError
 from shared.messages import ProbeResult, Range
+from shared.ranges import indices
 
 NAT = 2.0**20
 """Loss integers per nat."""
@@ -61,22 +61,6 @@ def probe(job: Job, request: Probe) -> ProbeResult:
     )
 
 
-def batch(seed: int, round: int, device: str, rows: int, batch_rows: int) -> list[int]:
-    """The rows that `device` measures in `round`: min(rows, batch_rows) of [0, rows), ascending.
-
-    A pure function, so that every part of a round's work repeats it: the rows with the smallest of
-    the first `rows` words of Philox4x64-10, its key the first 16 bytes (two little-endian words) of
-    SHA-256("seedwire batch", seed u64le, round u32le, device).
-    """
-    if rows <= batch_rows:
-        return list(range(rows))
-    material = b"seedwire batch" + seed.to_bytes(8, "little") + round.to_bytes(4, "little")
-    key = np.frombuffer(hashlib.sha256(material + device.encode()).digest()[:16], "<u8")
-    words = np.random.Philox(key=key.astype(np.uint64)).random_raw(rows)
-    chosen = np.argsort(words, kind="stable")[:batch_rows]
-    return np.sort(chosen).tolist()
-
-
 def kept_ranges(ranges: list[Range], kept: NDArray[np.bool_]) -> list[Range]:
     """`ranges` without the directions that are not `kept` (n,): split where one is missing."""
     if kept.all():
@@ -105,12 +89,12 @@ def _probe(
     base = _finite(job.base_losses(rows, examples))
     theta = job.adapter.values()
     reach = job.layout.magnitudes[start : start + count] * np.float32(request.eps)
-    indices = [index for first, width in request.ranges for index in range(first, first + width)]
-    differences = np.zeros(len(indices))
-    bends = np.zeros(len(indices))
+    measured = list(indices(request.ranges))
+    differences = np.zeros(len(measured))
+    bends = np.zeros(len(measured))
     for part in job.model.parts(examples):
         chosen, clean = examples[part], base.loss[part]
-        for number, index in enumerate(indices):
+        for number, index in enumerate(measured):
             z = directions.one(
                 manifest.seed, request.stream_round, index, start, count, manifest.distribution
             )
@@ -145,7 +129,7 @@ def _exact(job: Job, request: Probe, rows: list[Row | Turn]) -> tuple[Losses, ND
     else:
         sites = job.sites(closed, rows)
         base = closed.losses(sites, job.adapter.values())
-        moved = descended(job, request, request.local, sites)
+        moved = descended(job, closed, request, request.local, sites)
         gradient = -moved * int(base.weight.sum())
     _finite(base)
     slopes = gradient[start : start + count]

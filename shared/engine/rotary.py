@@ -28,7 +28,9 @@ class Rotary:
         """
         scaling = header.text(f"{header.architecture}.rope.scaling.type")
         if scaling not in ("", "none", "linear"):
-            raise EngineError(f"{path}: rotary scaling {scaling!r} has no closed form here")
+            raise EngineError(
+                f"{path}: rotary scaling {scaling!r} has no closed form here; use how: probe"
+            )
         turned = int(header.number("rope.dimension_count")) or width
         base = header.number("rope.freq_base") or 10000.0
         frequencies = base ** (-np.arange(0, turned, 2, dtype=np.float64) / turned)

@@ -12,7 +12,6 @@ of Adam: loss 0.96 here, 1.05 between the text and the template's words, 1.37 be
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from shared.engine.adapter_tensors import numbers
 from shared.engine.decoding import decode
 from shared.engine.embeddings import Embeddings
 from shared.engine.gguf_file import Header
-from shared.engine.layout import Batch
+from shared.engine.layout import Batch, packed
 from shared.engine.model import Adaptation, Example
 from shared.engine.native import native
 from shared.errors import EngineError
@@ -110,7 +109,7 @@ class PromptedPasses:
     def parts(self, examples: Sequence[Example]) -> list[slice]:
         """Runs of `examples` whose texts the cache holds together."""
         sizes = [example.asked for example in examples]
-        return [slice(*run) for run in _runs([(sizes, self._text_cells)], SEQUENCES)]
+        return [slice(*run) for run in packed([(sizes, self._text_cells)], SEQUENCES)]
 
     def forward(self, asked: Asked, *, spoiled: bool) -> int:
         """The asked positions are computed; how many were sent for that, texts included.
@@ -146,14 +145,14 @@ class PromptedPasses:
             raise EngineError(f"an example of {longest} tokens; at most {self._batch_tokens} fit")
         texts = Texts(tuple(head.tobytes() for head in heads), [])
         lengths = [len(head) for head in heads]
-        for first, end in _runs([(lengths, self._batch_tokens)], SEQUENCES):
+        for first, end in packed([(lengths, self._batch_tokens)], SEQUENCES):
             read = np.zeros(sum(lengths[first:end]), np.int8)
             batch = Batch(*_placed(heads, first, end, [0] * len(rows)), read, *_nothing())
             if len(batch.tokens):
                 texts.batches.append(batch)
         sizes = [len(tail) for tail in tails]
         reads = [len(row.targets) for row in rows]
-        for first, end in _runs([(sizes, self._batch_tokens), (reads, max_read)], SEQUENCES):
+        for first, end in packed([(sizes, self._batch_tokens), (reads, max_read)], SEQUENCES):
             last = range(first, end)
             read = [np.arange(sizes[n]) >= sizes[n] - reads[n] for n in last]
             yield Asked(
@@ -194,24 +193,6 @@ def _deeper(blocks: Adaptation) -> NDArray[np.bool_]:
     for number in [*numbers(blocks, "prompt"), *numbers(blocks, "output_rows")]:
         found[blocks.offsets[number] : blocks.offsets[number + 1]] = False
     return found
-
-
-def _runs(limits: list[tuple[list[int], int]], most: int) -> Iterator[tuple[int, int]]:
-    """Runs [first, end) of at most `most`, whose sizes come to no more than each limit.
-
-    One that alone is larger has a run of its own.
-    """
-    sums = [list(accumulate(sizes, initial=0)) for sizes, _ in limits]
-    count = len(sums[0]) - 1
-    first = 0
-    for number in range(1, count + 1):
-        full = number == count or number + 1 - first > most
-        if full or any(
-            upto[number + 1] - upto[first] > limit
-            for upto, (_, limit) in zip(sums, limits, strict=True)
-        ):
-            yield first, number
-            first = number
 
 
 def _placed(

@@ -16,6 +16,7 @@ from shared.engine.probing import NAT
 from shared.engine.protocol import Walk
 from shared.errors import EngineError
 from shared.messages import WalkResult
+from shared.ranges import runs
 
 MAX_SHARE = 2**20
 _INT32_MAX = 2**31 - 1
@@ -99,7 +100,7 @@ class _Steps:
         visited = sorted(self._visits)
         sized = self._request.walk.held > 0
         return WalkResult(
-            ranges=_runs(visited),
+            ranges=runs(visited),
             differences=_packed(self._differences, visited, "<i4"),
             share=share,
             steps=self.taken,
@@ -122,14 +123,3 @@ class _Steps:
 
 def _packed(values: dict[int, int], visited: list[int], dtype: str) -> bytes:
     return np.array([values[index] for index in visited], dtype).tobytes()
-
-
-def _runs(indices: list[int]) -> list[tuple[int, int]]:
-    """Ascending indices as runs (first, count)."""
-    runs: list[tuple[int, int]] = []
-    for index in indices:
-        if runs and sum(runs[-1]) == index:
-            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-        else:
-            runs.append((index, 1))
-    return runs

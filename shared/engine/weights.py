@@ -59,6 +59,14 @@ class Weights:
         """Rows [low, high) of a matrix: (high - low, d_in)."""
         return self._rows(name, low, high - low, self._shape(name)[0])
 
+    def chosen(self, name: str, rows: NDArray[np.integer]) -> NDArray[np.float32]:
+        """Rows `rows` (n,) of a matrix: (n, d_in)."""
+        width, height = self._shape(name)
+        kind, start = self._header.places[name]
+        size = row_bytes(kind, width)
+        packed = np.frombuffer(self._data, np.uint8, height * size, start).reshape(height, size)
+        return as_floats(packed[rows].reshape(-1).data, kind, len(rows) * width).reshape(-1, width)
+
     def _shape(self, name: str) -> tuple[int, ...]:
         if name not in self._header.tensors:
             raise EngineError(f"{self._path}: no tensor {name}")

@@ -12,8 +12,9 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import msgpack
 import msgspec
@@ -43,6 +44,9 @@ from shared.engine.protocol import (
 )
 from shared.engine.walking import walk
 from shared.errors import EngineError, SeedwireError
+
+Asked = TypeVar("Asked", Probe, Walk, Evaluate)
+Found = TypeVar("Found")
 
 _CHUNK_BYTES = 1 << 16
 _SET_DEATH_SIGNAL = 1
@@ -83,11 +87,11 @@ class Child:
                 job.adapter.apply(request.round, request.commit)
                 return job.standing()
             case Probe():
-                return self._probe(request)
+                return Probed(*self._measured(probe, request))
             case Walk():
-                return self._walk(request)
+                return Walked(*self._measured(walk, request))
             case Evaluate():
-                return self._evaluate(request)
+                return Evaluated(*self._measured(evaluate, request))
             case CloseJob():
                 self._close(request.job)
                 return Done()
@@ -101,26 +105,14 @@ class Child:
         job.restore(snapshot)
         return job.standing()
 
-    def _probe(self, request: Probe) -> Probed:
+    def _measured(
+        self, work: Callable[[Job, Asked], Found], request: Asked
+    ) -> tuple[Found, float, int]:
+        """What `work` finds, the seconds it took and the tokens it sent forward."""
         job = self._job(request.job)
         began, sent = time.perf_counter(), job.model.forwarded
-        result = probe(job, request)
-        seconds = time.perf_counter() - began
-        return Probed(result=result, seconds=seconds, passes=job.model.forwarded - sent)
-
-    def _walk(self, request: Walk) -> Walked:
-        job = self._job(request.job)
-        began, sent = time.perf_counter(), job.model.forwarded
-        result = walk(job, request)
-        seconds = time.perf_counter() - began
-        return Walked(result=result, seconds=seconds, passes=job.model.forwarded - sent)
-
-    def _evaluate(self, request: Evaluate) -> Evaluated:
-        job = self._job(request.job)
-        began, sent = time.perf_counter(), job.model.forwarded
-        result = evaluate(job, request)
-        seconds = time.perf_counter() - began
-        return Evaluated(result=result, seconds=seconds, passes=job.model.forwarded - sent)
+        found = work(job, request)
+        return found, time.perf_counter() - began, job.model.forwarded - sent
 
     def _job(self, name: str) -> Job:
         if name not in self._jobs:

@@ -22,6 +22,7 @@ from shared.engine.last_block import LastBlock
 from shared.engine.model import Adaptation, Example, Losses, Sites
 from shared.engine.probing import NAT, probe
 from shared.engine.protocol import Facts, OpenJob, Probe
+from shared.errors import EngineError
 from shared.messages import Block, Manifest, Task, Variant
 from shared.messages.jobs import Distribution
 
@@ -86,12 +87,8 @@ class TorchModel(Words):
     def sites(self, examples: Sequence[Example]) -> list[Sites]:
         raise NotImplementedError
 
-    @property
-    def last_block_tensors(self) -> set[str]:
-        return set()
-
     def last_block(self) -> LastBlock:
-        raise NotImplementedError
+        raise EngineError("this model has no blocks; use how: probe")
 
     def block_sites(self, examples: Sequence[Example], block: LastBlock) -> list[BlockSites]:
         raise NotImplementedError

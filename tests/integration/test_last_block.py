@@ -20,7 +20,7 @@ from tests.support import tiny_gguf
 from tests.support.fleet import Fleet, fleet_on, rows, write_rows
 from tests.support.serving import a_proxy
 
-DEVICES, ROUNDS, HELDOUT = 3, 2, 60
+DEVICES, ROUNDS, HELDOUT = 3, 6, 60
 TEMPLATE = "{text} is "
 """It ends in a space, so that the tokens of both labels' words begin with their own letters."""
 

@@ -15,6 +15,7 @@ from shared.engine.fake import Words
 from shared.engine.last_block import LastBlock
 from shared.engine.model import Adaptation, Example, Losses, Sites
 from shared.engine.protocol import Facts
+from shared.errors import EngineError
 
 VOCABULARY = 256
 
@@ -55,12 +56,8 @@ class QuadraticModel(Words):
     def sites(self, examples: Sequence[Example]) -> list[Sites]:
         raise NotImplementedError
 
-    @property
-    def last_block_tensors(self) -> set[str]:
-        return set()
-
     def last_block(self) -> LastBlock:
-        raise NotImplementedError
+        raise EngineError("this model has no blocks; use how: probe")
 
     def block_sites(self, examples: Sequence[Example], block: LastBlock) -> list[BlockSites]:
         raise NotImplementedError

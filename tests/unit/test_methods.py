@@ -13,8 +13,7 @@ from services.aggregator.methods.fedkseed_pro import LEAST, weighed
 from services.aggregator.methods.fwdllm import cosines
 from services.aggregator.opening import open_job
 from shared import directions
-from shared.engine.drawing import draws, mini_batches
-from shared.engine.probing import batch
+from shared.engine.drawing import batch, draws, mini_batches
 from shared.errors import EngineError, RejectError
 from shared.messages import (
     Importance,

@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 from shared import adapter, directions
 from shared.codec import encode_manifest
 from shared.dataset import Row
+from shared.engine.drawing import batch
 from shared.engine.evaluating import evaluate
 from shared.engine.examples import choice_tokens, example
 from shared.engine.fake import FakeEngine, Words
 from shared.engine.job import Job
 from shared.engine.layout import batches
 from shared.engine.model import Example
-from shared.engine.probing import NAT, batch, kept_ranges, probe
+from shared.engine.probing import NAT, kept_ranges, probe
 from shared.engine.protocol import Evaluate, OpenJob, Probe
 from shared.errors import EngineError
 from shared.messages import Block, Commit, Manifest, ProbeResult, Task, Variant

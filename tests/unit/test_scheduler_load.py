@@ -9,8 +9,8 @@ import pytest
 from msgspec.structs import replace
 
 from services.scheduler.cost_model import WORTHWHILE_PROBES
-from services.scheduler.dealing import width
 from shared.messages import RoundOpened, WorkAssigned
+from shared.ranges import width
 from tests.unit.test_scheduler_state import (
     Fleet,
     a_close,

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from services.scheduler.dealing import deal, width
+from services.scheduler.dealing import deal
 from services.scheduler.devices import Device
 from services.scheduler.offers import Selection
 from services.scheduler.state import Fact, State
@@ -37,6 +37,7 @@ from shared.messages import (
     WalkWork,
     WorkAssigned,
 )
+from shared.ranges import width
 from tests.support.facts import DIGEST, device_report, round_closed, round_opened
 
 

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from services.aggregator.methods.averaging import averaged
 from services.aggregator.methods.method import Closing, Method, Past, Plan, RoundSums, plain
-from services.aggregator.terms import runs
 from shared import directions
 from shared.adapter import Adapter
 from shared.errors import RejectError
 from shared.messages import Manifest, Range, Tuning
+from shared.ranges import runs
 
 MOST_SURVIVORS = 4096
 """They are scattered, and named one by one."""
@@ -49,7 +49,7 @@ class FwdLLM(Method):
         # Theta moved against the aggregate.
         alike = cosines(adapter, number, pool, -adapter.total(past.terms).astype(np.float64))
         best = np.argsort(-alike, kind="stable")[: tuning.directions]
-        return Plan(stream_round=number, directions=pool, survivors=runs(np.sort(best)))
+        return Plan(stream_round=number, directions=pool, survivors=runs(np.sort(best).tolist()))
 
     def close(self, rounds: Sequence[RoundSums], tuning: Tuning, adapter: Adapter) -> Closing:
         variance, signal = agreement(rounds, adapter, tuning.monitored)
