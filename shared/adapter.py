@@ -91,6 +91,11 @@ class Layout:
         Raises:
             MalformedMessage: names the block and what is wrong with it.
         """
+        slots = {
+            (block.tensor, block.slot): block.d_in
+            for block in self.manifest.blocks
+            if block.kind == "lora_b"
+        }
         for number, block in enumerate(self.manifest.blocks):
             where = f"block {number} ({block.kind} of {block.tensor})"
             if block.kind in ("output_rows", "prompt"):
@@ -102,6 +107,8 @@ class Layout:
                 raise MalformedMessage(f"{where}: a prompt, and nothing else, has a unit")
             if block.kind == "lora_b" and not block.d_in:
                 raise MalformedMessage(f"{where}: d_in is missing")
+            if block.kind == "lora_a" and slots.get((block.tensor, block.slot)) != block.shape[0]:
+                raise MalformedMessage(f"{where}: no lora_b of slot {block.slot} has such an A")
         if self.d != self.manifest.d:
             raise MalformedMessage(f"manifest says d = {self.manifest.d}, its blocks {self.d}")
 

@@ -58,7 +58,7 @@ def _may_be_closed(blocks: Sequence[Block]) -> bool:
     """Output rows, and LoRA in a single block; that it is the last, the engines know."""
     tensors = [block.tensor.split(".")[:2] for block in blocks if block.kind == "lora_b"]
     one_block = all(where == tensors[0] and where[0] == "blk" for where in tensors)
-    return one_block and all(block.kind in ("lora_b", "output_rows") for block in blocks)
+    return one_block and all(block.kind in ("lora_a", "lora_b", "output_rows") for block in blocks)
 
 
 def _check_task(task: Task) -> None:

@@ -43,6 +43,7 @@ def submit_job(
     template: options.Template = None,
     adapter: options.Adapter = None,
     rank: options.Rank = None,
+    tune_a: options.TuneA = None,
     targets: options.Targets = None,
     layers: options.Layers = None,
     prompt_text: options.PromptText = None,
@@ -85,6 +86,7 @@ def submit_job(
             "adapter": {
                 "kind": adapter,
                 "rank": rank,
+                "tune_a": tune_a,
                 "targets": targets.split(",") if targets else None,
                 "layers": layers,
                 "prompt_text": _unescaped(prompt_text),

@@ -25,7 +25,10 @@ MAX_PARAMETERS = 2**28
 ATTENTION = (("attn_q", "attn_v"), ("attn_qkv",))
 """What LoRA is put on unless told otherwise; the first that the model has."""
 
-LAST_BLOCK = ("attn_q", "attn_k", "attn_v", "attn_output")
+LAST_BLOCK = (
+    *("attn_q", "attn_k", "attn_v", "attn_output"),
+    *("ffn_gate", "ffn_up", "ffn_down"),
+)
 """What `last-block` tunes unless told otherwise."""
 
 AdapterKind = Literal["last-block", "output-rows", "lora", "control", "prompt"]
@@ -40,6 +43,8 @@ class AdapterOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kind: AdapterKind = "last-block"
     rank: Annotated[int, Meta(ge=1, le=4096)] = 4
     """Of each LoRA."""
+    tune_a: bool = False
+    """A LoRA's A moves as well as its B, from where the job's seed puts it."""
     targets: list[str] = []
     """Matrices of each layer, such as attn_q; empty: attention's."""
     layers: str = "all"
@@ -187,11 +192,14 @@ def _lora(facts: Facts, options: AdapterOptions) -> list[Block]:
                 f"this model has {', '.join(known)}"
             )
         tensors += found
-    return [
-        Block("lora_b", tensor, [d_out], slot=slot, d_in=d_in)
-        for tensor, (d_out, d_in) in ((name, facts.matrices[name]) for name in tensors)
-        for slot in range(options.rank)
-    ]
+    blocks: list[Block] = []
+    for tensor in tensors:
+        d_out, d_in = facts.matrices[tensor]
+        for slot in range(options.rank):
+            blocks.append(Block("lora_b", tensor, [d_out], slot=slot, d_in=d_in))
+            if options.tune_a:
+                blocks.append(Block("lora_a", tensor, [d_in], slot=slot))
+    return blocks
 
 
 def _control(facts: Facts, options: AdapterOptions) -> list[Block]:

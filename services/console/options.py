@@ -81,7 +81,7 @@ Url = Annotated[
 Adapter = Annotated[
     Literal["last-block", "output-rows", "lora", "control", "prompt"] | None,
     typer.Option(
-        help="What is tuned: low-rank updates of the last block's attention, and the labels' rows "
+        help="What is tuned: low-rank updates of the last block's matrices, and the labels' rows "
         "of the output matrix (default where the model has a closed form for it), those rows "
         "alone (default for other models, with labels), low-rank updates of any matrices (default "
         "without), a vector added after each layer, or a soft prompt before the answer (the "
@@ -91,7 +91,15 @@ Adapter = Annotated[
 ]
 Rank = Annotated[
     int | None,
-    typer.Option(min=1, help="LoRA's rank (4; last-block 8).", rich_help_panel=ADAPTER),
+    typer.Option(min=1, help="LoRA's rank (4).", rich_help_panel=ADAPTER),
+]
+TuneA = Annotated[
+    bool | None,
+    typer.Option(
+        "--tune-a/--fixed-a",
+        help="Whether a LoRA's A moves as well as its B (last-block: it does).",
+        rich_help_panel=ADAPTER,
+    ),
 ]
 Targets = Annotated[
     str | None,
@@ -187,7 +195,7 @@ Rounds = Annotated[
 Directions = Annotated[
     int | None,
     typer.Option(
-        min=1, help="Directions in a round's pool (512; last-block 4096).", rich_help_panel=METHOD
+        min=1, help="Directions in a round's pool (512; last-block 8192).", rich_help_panel=METHOD
     ),
 ]
 Eps = Annotated[

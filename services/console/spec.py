@@ -43,11 +43,11 @@ Tried on ag_news with 1,500 rows, 100 rounds, output rows: step 0.03 with moment
 
 DEFAULTS: dict[AdapterKind, dict[str, Table]] = {
     "last-block": {
-        "adapter": {"rank": 8},
+        "adapter": {"rank": 4, "tune_a": True},
         "tuning": {
             "how": "exact",
             "rounds": 100,
-            "directions": 4096,
+            "directions": 8192,
             "batch_rows": 512,
             "normalise": "none",
             "step": 1.0,
@@ -128,7 +128,7 @@ def wanted(
     adapter = _parsed({"adapter": asked}, _AdapterTable, given).adapter
     ours = DEFAULTS[adapter.kind]
     if how == "probe" and adapter.kind in ("last-block", "output-rows"):
-        ours = {**ours, "tuning": {}}
+        ours: dict[str, Table] = {}
     elif adapter.kind == "last-block" and tuning.get("local_steps") == 0:
         ours = {**ours, "tuning": GRADIENT}
     rest = ours.get("adapter", {})

@@ -13,7 +13,7 @@ from shared.engine.fitting import OUTPUT
 from shared.engine.gguf_file import Header
 from shared.engine.model import Adaptation
 
-Kind = Literal["lora_b", "control", "output_rows", "prompt"]
+Kind = Literal["lora_a", "lora_b", "control", "output_rows", "prompt"]
 Matrix = tuple[str, NDArray[np.float32]]
 """A tensor's name in the GGUF, with `.lora_a` or `.lora_b` behind it, and (d_out, d_in) float32."""
 
@@ -21,8 +21,9 @@ Matrix = tuple[str, NDArray[np.float32]]
 class LoraTensors:
     """The manifest's LoRA and output-row blocks as pairs of matrices, B A of which is added.
 
-    Of a LoRA block A is fixed, (rank, d_in), and B moves, (d_out, rank). Of output rows A is the
-    rows themselves, (rows, n_embd), and B puts each in its place, (n_vocab, rows).
+    Of a LoRA block A, (rank, d_in), is fixed unless it has blocks of its own, and B moves,
+    (d_out, rank). Of output rows A is the rows themselves, (rows, n_embd), and B puts each in its
+    place, (n_vocab, rows).
     """
 
     def __init__(self, header: Header, blocks: Adaptation, *, rows: bool = True) -> None:
@@ -31,7 +32,13 @@ class LoraTensors:
         self._slots: dict[str, list[int]] = {}
         for number in numbers(blocks, "lora_b"):
             self._slots.setdefault(blocks.blocks[number].tensor, []).append(number)
+        tuned = blocks.tuned_a
+        self._moving_a = {
+            name: {place: tuned[slot] for place, slot in enumerate(slots) if slot in tuned}
+            for name, slots in self._slots.items()
+        }
         self._rows = numbers(blocks, "output_rows") if rows else []
+        self._a: dict[str, NDArray[np.float32]] = {}
         self._vocabulary = header.tensors["token_embd.weight"][1]
 
     @property
@@ -39,12 +46,18 @@ class LoraTensors:
         """The tensors of the model that are added to."""
         return [*self._slots, *([OUTPUT] if self._rows else [])]
 
+    def add_nothing(self, values: NDArray[np.float32]) -> bool:
+        """Whether all that is added at `values` (d,) is zero."""
+        added = [*self._rows, *(number for slots in self._slots.values() for number in slots)]
+        return not any(self._blocks.part(number, values).any() for number in added)
+
     def fixed(self) -> list[Matrix]:
         """The matrices that theta does not move."""
-        found: list[Matrix] = []
-        for name, slots in self._slots.items():
-            rows = [self._blocks.fixed_a(number) for number in slots]
-            found.append((f"{name}.lora_a", np.stack(rows)))
+        found = [
+            (f"{name}.lora_a", self._at_zero(name))
+            for name, moving in self._moving_a.items()
+            if not moving
+        ]
         if self._rows:
             rows = self._blocks.output_rows
             selector = np.zeros((self._vocabulary, len(rows)), np.float32)
@@ -58,10 +71,21 @@ class LoraTensors:
         for name, slots in self._slots.items():
             columns = [self._blocks.part(number, values) for number in slots]
             found.append((f"{name}.lora_b", np.stack(columns, axis=1)))
+            if moving := self._moving_a[name]:
+                a = self._at_zero(name).copy()
+                for place, number in moving.items():
+                    a[place] += self._blocks.part(number, values)
+                found.append((f"{name}.lora_a", a))
         if self._rows:
             rows = [self._blocks.part(number, values) for number in self._rows]
             found.append((f"{OUTPUT}.lora_a", np.concatenate(rows)))
         return found
+
+    def _at_zero(self, name: str) -> NDArray[np.float32]:
+        """A of tensor `name` at theta = 0: (rank, d_in)."""
+        if name not in self._a:
+            self._a[name] = np.stack([self._blocks.fixed_a(number) for number in self._slots[name]])
+        return self._a[name]
 
     def pairs(
         self, values: NDArray[np.float32]

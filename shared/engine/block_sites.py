@@ -23,18 +23,14 @@ _AT_ONCE = 1 << 18
 class BlockSites:
     """One example as the last block sees it, theta's part in the block aside."""
 
+    entering: NDArray[np.float16]
+    """(n, E): what keys and values are made of, after the norm."""
     keys: NDArray[np.float16]
     """(n, K D): before norm and rotation."""
     values: NDArray[np.float16]
     """(n, K D)"""
-    low_keys: NDArray[np.float16]
-    """(n, r_k): A of the keys' LoRA times what enters."""
-    low_values: NDArray[np.float16]
-    """(n, r_v)"""
     queries: Floats
     """(m, H D): before norm and rotation."""
-    low_queries: Floats
-    """(m, r_q)"""
     stream: Floats
     """(m, E): the residual stream that enters."""
     beside: Floats
@@ -51,12 +47,10 @@ class BlockSites:
 class Batch:
     """Examples of similar length, padded at their ends; sites are the last m true positions."""
 
+    entering: Floats
     keys: Floats
     values: Floats
-    low_keys: Floats
-    low_values: Floats
     queries: Floats
-    low_queries: Floats
     stream: Floats
     beside: Floats
     at: NDArray[np.int64]
@@ -74,7 +68,7 @@ def groups(sites: Sequence[BlockSites], weights: BlockWeights) -> list[NDArray[n
     """Which examples go together: of similar length, and so many that memory bears them."""
     lengths = np.array([len(one.keys) for one in sites])
     counts = np.array([len(one.targets) for one in sites])
-    entries = lengths * weights.pairs * (weights.head_width + counts * weights.group)
+    entries = lengths * (weights.width + weights.pairs * counts * weights.group)
     entries += counts * weights.inner_width
     order = np.lexsort((counts, lengths))
     groups: list[NDArray[np.int64]] = []
@@ -100,11 +94,11 @@ def batch(sites: Sequence[BlockSites]) -> Batch:
     return Batch(
         *(
             _padded([getattr(one, name) for one in sites], n)
-            for name in ("keys", "values", "low_keys", "low_values")
+            for name in ("entering", "keys", "values")
         ),
         *(
             _padded([getattr(one, name) for one in sites], m)
-            for name in ("queries", "low_queries", "stream", "beside")
+            for name in ("queries", "stream", "beside")
         ),
         at=at,
         targets=targets,

@@ -209,12 +209,17 @@ class FakeModel(Words):
             if block.kind == "control":
                 moved += part
             elif block.kind == "lora_b":
-                moved += np.outer(state @ self._blocks.fixed_a(number), part)
+                moved += np.outer(state @ self._a(number), part)
         if len(self._blocks.prompt_tokens):
             added = self._blocks.prompt_moved(self._values).sum(axis=0)
             moved += np.outer(given.reach, added)
         self.forwarded += given.tokens
         return moved / np.sqrt((moved**2).mean(axis=1, keepdims=True) + 1e-6), given
+
+    def _a(self, number: int) -> NDArray[np.float32]:
+        row = self._blocks.fixed_a(number)
+        moving = self._blocks.tuned_a.get(number)
+        return row if moving is None else row + self._blocks.part(moving, self._values)
 
     def _prepare(self, examples: Sequence[Example]) -> "_Prepared":
         states: list[NDArray[np.float64]] = []

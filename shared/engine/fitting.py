@@ -60,7 +60,7 @@ def check_fit(path: str, header: Header, blocks: Adaptation, max_tokens: int) ->
                     f"{path}: a prompt of shape {block.shape} that starts as tokens up to "
                     f"{max(block.rows)}: needs width {width} and tokens below {vocabulary}"
                 )
-        else:
+        elif block.kind == "lora_b":
             _fit_lora(path, header, block.tensor, [block.d_in, block.shape[0]])
     kinds = {block.kind for block in blocks.blocks if block.tensor == OUTPUT}
     if {"lora_b", "output_rows"} <= kinds:

@@ -1,10 +1,10 @@
 """Loss and gradient of the last block in closed form, from one forward pass.
 
-What enters the last block depends on nothing in it. Kept are, for each row of data, the keys and
-values that the block's own matrices make of it and its image under each fixed A; for any B of a
-LoRA on the block's matrices, and any output rows, what follows is one query's attention, one
-feed-forward step and the output rows, at the few positions where a token is predicted. No token is
-sent through the model again.
+What enters the last block depends on nothing in it, and is kept for each row of data, with the keys
+and values that the block's own matrices make of it. For any LoRA on the block's matrices, B alone
+or A as well, and any output rows, what follows is one query's attention, one feed-forward step and
+the output rows, at the few positions where a token is predicted. No token is sent through the model
+again.
 
 Shapes: B examples, n positions, m sites an example, E the model's width, H heads over K pairs of
 key and value, of width D.
@@ -27,10 +27,22 @@ Floats = NDArray[np.float32]
 _ONE = np.float32(1.0)
 
 
+@dataclass(frozen=True, slots=True)
+class _Lora:
+    """The LoRA of one of the block's matrices: A (r, d_in) and B (d_out, r)."""
+
+    a: Floats
+    b: Floats
+
+
 @dataclass(slots=True)
 class _Passed:
-    """What the backward pass needs of a forward one."""
+    """What the backward pass needs of a forward one; `entering` and `low` by matrix.
 
+    `entering` (.., d_in) is what a matrix with a LoRA was given, `low` (.., r) that under its A.
+    """
+
+    entering: dict[str, Floats]
     low: dict[str, Floats]
     raw_keys: Floats
     raw_queries: Floats
@@ -60,7 +72,12 @@ class LastBlock:
         for number, block in enumerate(adaptation.blocks):
             if block.kind == "lora_b" and block.tensor in weights.roles:
                 self._slots.setdefault(weights.roles[block.tensor], []).append(number)
-        self._a = {
+        tuned = adaptation.tuned_a
+        self._moving_a = {
+            role: {place: tuned[slot] for place, slot in enumerate(slots) if slot in tuned}
+            for role, slots in self._slots.items()
+        }
+        self._fixed_a = {
             role: np.stack([adaptation.fixed_a(number) for number in slots])
             for role, slots in self._slots.items()
         }
@@ -74,7 +91,9 @@ class LastBlock:
     @property
     def numbers(self) -> list[int]:
         """The manifest's blocks whose slopes are known in closed form."""
-        return sorted([*self._rows, *(n for slots in self._slots.values() for n in slots)])
+        slots = [number for slots in self._slots.values() for number in slots]
+        rows_of_a = [number for moving in self._moving_a.values() for number in moving.values()]
+        return sorted([*self._rows, *slots, *rows_of_a])
 
     def sites(
         self, examples: Sequence[Example], streams: Sequence[Floats], states: Sequence[Floats]
@@ -87,7 +106,7 @@ class LastBlock:
         still = np.zeros(self._adaptation.offsets[-1], np.float32)
         for chosen in groups(found, self._weights):
             batch = batch_of([found[number] for number in chosen])
-            ours = self._forward(batch, self._matrices(still)).state
+            ours = self._forward(batch, self._loras(still)).state
             for place, number in enumerate(chosen):
                 state = states[number]
                 found[number].beside[:] = state - ours[place, : len(state)]
@@ -95,11 +114,11 @@ class LastBlock:
 
     def losses(self, sites: Sequence[BlockSites], values: Floats) -> Losses:
         """Losses of the examples at theta = `values` (d,)."""
-        matrices = self._matrices(values)
+        loras = self._loras(values)
         told = Told.of(sites)
         for chosen in groups(sites, self._weights):
             batch = batch_of([sites[number] for number in chosen])
-            state = self._forward(batch, matrices).state
+            state = self._forward(batch, loras).state
             head = self._head.losses(state[batch.real], batch.targets[batch.real], values)
             told.take(chosen, batch, head.losses, head.right)
         return told.losses()
@@ -109,20 +128,22 @@ class LastBlock:
     ) -> tuple[Losses, NDArray[np.float64]]:
         """Losses, and the gradient of their sum: (d,) float64, zero outside `numbers`."""
         whole = np.zeros(self._adaptation.offsets[-1])
-        matrices = self._matrices(values)
+        loras = self._loras(values)
         told = Told.of(sites)
         for chosen in groups(sites, self._weights):
             batch = batch_of([sites[number] for number in chosen])
-            passed = self._forward(batch, matrices)
+            passed = self._forward(batch, loras)
             state, targets = passed.state[batch.real], batch.targets[batch.real]
             head = self._head.losses(state, targets, values)
             told.take(chosen, batch, head.losses, head.right)
             back, rows = self._head.slopes(state, targets, values, head)
             slopes = np.zeros_like(passed.state)
             slopes[batch.real] = back
-            for role, part in self._backward(batch, matrices, passed, slopes).items():
+            for role, part in self._backward(batch, loras, passed, slopes).items():
                 for column, number in enumerate(self._slots[role]):
-                    self._span(whole, number)[:] += part[:, column]
+                    self._span(whole, number)[:] += part.b[:, column]
+                for place, number in self._moving_a[role].items():
+                    self._span(whole, number)[:] += part.a[place]
             done = 0
             for number in self._rows:
                 height = self._adaptation.blocks[number].shape[0]
@@ -134,48 +155,50 @@ class LastBlock:
         offsets = self._adaptation.offsets
         return whole[offsets[number] : offsets[number + 1]]
 
-    def _matrices(self, values: Floats) -> dict[str, Floats]:
-        """B of each role, (d_out, r)."""
-        return {
-            role: np.stack([self._adaptation.part(number, values) for number in slots], axis=1)
-            for role, slots in self._slots.items()
-        }
-
-    def _low(self, role: str, entering: Floats) -> Floats:
-        if role not in self._a:
-            return np.zeros((*entering.shape[:-1], 0), np.float32)
-        return entering @ self._a[role].T
+    def _loras(self, values: Floats) -> dict[str, _Lora]:
+        found: dict[str, _Lora] = {}
+        for role, slots in self._slots.items():
+            a = self._fixed_a[role].copy()
+            for place, number in self._moving_a[role].items():
+                a[place] += self._adaptation.part(number, values)
+            b = np.stack([self._adaptation.part(number, values) for number in slots], axis=1)
+            found[role] = _Lora(a, b)
+        return found
 
     def _site(self, example: Example, stream: Floats, m: int) -> BlockSites:
         weights = self._weights
         entering = weights.norm(stream, "attn_norm")
-        half, at = np.float16, entering[-m:]
+        half = np.float16
         return BlockSites(
+            entering=entering.astype(half),
             keys=weights.through("attn_k", entering).astype(half),
             values=weights.through("attn_v", entering).astype(half),
-            low_keys=self._low("attn_k", entering).astype(half),
-            low_values=self._low("attn_v", entering).astype(half),
-            queries=weights.through("attn_q", at),
-            low_queries=self._low("attn_q", at),
+            queries=weights.through("attn_q", entering[-m:]),
             stream=stream[-m:].copy(),
             beside=np.zeros_like(stream[-m:]),
             targets=example.targets,
         )
 
-    def _forward(self, batch: Batch, matrices: dict[str, Floats]) -> _Passed:
+    def _forward(self, batch: Batch, loras: dict[str, _Lora]) -> _Passed:
         weights = self._weights
         b, n = batch.keys.shape[:2]
         m = batch.at.shape[1]
-        low = {"attn_q": batch.low_queries, "attn_k": batch.low_keys, "attn_v": batch.low_values}
+        given: dict[str, Floats] = {}
+        low: dict[str, Floats] = {}
 
-        def moved(role: str, base: Floats) -> Floats:
-            if role not in matrices:
+        def moved(role: str, entering: Floats, base: Floats) -> Floats:
+            if role not in loras:
                 return base
-            return np.add(base, low[role] @ matrices[role].T, dtype=np.float32)
+            given[role], low[role] = entering, entering @ loras[role].a.T
+            return np.add(base, low[role] @ loras[role].b.T, dtype=np.float32)
 
-        raw_queries = weights.heads(moved("attn_q", batch.queries))
-        raw_keys = weights.heads(moved("attn_k", batch.keys))
-        values = weights.heads(moved("attn_v", batch.values))
+        def through(role: str, entering: Floats) -> Floats:
+            return moved(role, entering, weights.through(role, entering))
+
+        at_sites = weights.norm(batch.stream, "attn_norm")
+        raw_queries = weights.heads(moved("attn_q", at_sites, batch.queries))
+        raw_keys = weights.heads(moved("attn_k", batch.entering, batch.keys))
+        values = weights.heads(moved("attn_v", batch.entering, batch.values))
         at = np.maximum(batch.at, 0)
         queries = weights.rotary.turned(weights.head_norm(raw_queries, "attn_q_norm"), at)
         keys = weights.rotary.turned(weights.head_norm(raw_keys, "attn_k_norm"), np.arange(n))
@@ -192,36 +215,37 @@ class LastBlock:
         shares = shares.reshape(b, weights.pairs, m * weights.group, n)
         mixed = weights.from_group(shares @ values, m)  # (B, m, H D)
 
-        def through(role: str, entering: Floats) -> Floats:
-            low[role] = self._low(role, entering)
-            return moved(role, weights.through(role, entering))
-
         after = batch.stream + through("attn_output", mixed)
         normed = weights.norm(after, "ffn_norm")
         gate, up = through("ffn_gate", normed), through("ffn_up", normed)
         last = after + through("ffn_down", silu(gate) * up)
         state = weights.norm(last, "output_norm") + batch.beside
         return _Passed(
-            low, raw_keys, raw_queries, keys, values, queries, shares, after, normed, gate, up,
-            last, state,
+            given, low, raw_keys, raw_queries, keys, values, queries, shares, after, normed, gate,
+            up, last, state,
         )  # fmt: skip
 
     def _backward(
-        self, batch: Batch, matrices: dict[str, Floats], passed: _Passed, slopes: Floats
-    ) -> dict[str, NDArray[np.float64]]:
-        """The gradient with respect to each B, (d_out, r), from that of the final states."""
+        self, batch: Batch, loras: dict[str, _Lora], passed: _Passed, slopes: Floats
+    ) -> dict[str, _Lora]:
+        """The gradient with respect to each A and B, from that of the final states."""
         weights = self._weights
         m = batch.at.shape[1]
-        found: dict[str, NDArray[np.float64]] = {}
+        found: dict[str, _Lora] = {}
+
+        def find(role: str, outgoing: Floats) -> Floats:
+            """The gradient of what is under A, (.., r); those of A and B are found on the way."""
+            under = outgoing @ loras[role].b
+            a = _outer(under, passed.entering[role]) if self._moving_a[role] else loras[role].a
+            found[role] = _Lora(a, _outer(outgoing, passed.low[role]))
+            return under
 
         def into(role: str, outgoing: Floats) -> Floats:
-            """The gradient of what enters a matrix; its B's gradient is found on the way."""
+            """The gradient of what enters a matrix."""
             back = weights.back_through(role, outgoing)
-            if role in matrices:
-                found[role] = _outer(outgoing, passed.low[role])
-                below = (outgoing @ matrices[role]) @ self._a[role]
-                return np.add(back, below, dtype=np.float32)
-            return back
+            if role not in loras:
+                return back
+            return np.add(back, find(role, outgoing) @ loras[role].a, dtype=np.float32)
 
         last = weights.norm_back(passed.last, "output_norm", slopes)
         inner = into("ffn_down", last)
@@ -239,16 +263,16 @@ class LastBlock:
         scores = shares * passed.shares * np.float32(weights.scale)
         queries = weights.heads(weights.from_group(scores @ passed.keys, m))
         keys = (scores.swapaxes(2, 3) @ passed.queries).swapaxes(1, 2)  # (B, n, K, D)
-        if "attn_q" in matrices:
+        if "attn_q" in loras:
             queries = weights.rotary.turned(queries, np.maximum(batch.at, 0), back=True)
             queries = weights.head_norm_back(passed.raw_queries, "attn_q_norm", queries)
-            found["attn_q"] = _outer(_flat(queries), passed.low["attn_q"])
-        if "attn_k" in matrices:
+            find("attn_q", _flat(queries))
+        if "attn_k" in loras:
             keys = weights.rotary.turned(keys, np.arange(keys.shape[1]), back=True)
             keys = weights.head_norm_back(passed.raw_keys, "attn_k_norm", keys)
-            found["attn_k"] = _outer(_flat(keys), passed.low["attn_k"])
-        if "attn_v" in matrices:
-            found["attn_v"] = _outer(_flat(values.swapaxes(1, 2)), passed.low["attn_v"])
+            find("attn_k", _flat(keys))
+        if "attn_v" in loras:
+            find("attn_v", _flat(values.swapaxes(1, 2)))
         return found
 
 
@@ -257,8 +281,6 @@ def _flat(heads: Floats) -> Floats:
     return heads.reshape(*heads.shape[:2], -1)
 
 
-def _outer(outgoing: Floats, low: Floats) -> NDArray[np.float64]:
-    """The sum over all positions of outgoing (.., d_out) times low (.., r): (d_out, r)."""
-    return (outgoing.reshape(-1, outgoing.shape[-1]).T @ low.reshape(-1, low.shape[-1])).astype(
-        np.float64
-    )
+def _outer(outgoing: Floats, entering: Floats) -> Floats:
+    """The sum over all positions of outgoing (.., p) times entering (.., q): (p, q)."""
+    return outgoing.reshape(-1, outgoing.shape[-1]).T @ entering.reshape(-1, entering.shape[-1])

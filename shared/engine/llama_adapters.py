@@ -48,9 +48,9 @@ class Lora:
                 "the model ties its output to its embeddings, so llama.cpp cannot probe output "
                 f"rows; use how: exact, or a GGUF with its own {OUTPUT}"
             )
-        moving = self._filled(self._tensors.moving(values))
-        if self._loaded is None and not any(matrix.any() for _, matrix in moving):
+        if self._loaded is None and self._tensors.add_nothing(values):
             return
+        moving = self._filled(self._tensors.moving(values))
         if self._file is None:
             self._file = LoraFile(
                 self._architecture, [*self._filled(self._tensors.fixed()), *moving]

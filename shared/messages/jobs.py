@@ -15,14 +15,15 @@ class Block(Record, frozen=True):
     """A run of parameters that share a place in the model and a scale.
 
     `lora_b` is one rank slot of the B of a LoRA on `tensor`: `shape` is (d_out,), its row of A has
-    `d_in` entries. `control` is added to the residual stream after layer `layer`: (n_embd,).
-    `output_rows` is added to the rows `rows` of the output matrix: (len(rows), n_embd).
+    `d_in` entries. `lora_a` is added to that row of A, which the job's seed makes, of the same
+    tensor and slot: (d_in,). `control` is added to the residual stream after layer `layer`:
+    (n_embd,). `output_rows` is added to the rows `rows` of the output matrix: (len(rows), n_embd).
     `prompt` stands between a row's prompt and its answer as embeddings of its own, those of the
     tokens `rows` and `unit` times the block: (len(rows), n_embd).
     `scale` s multiplies the block's part of every direction by 2^s.
     """
 
-    kind: Literal["lora_b", "control", "output_rows", "prompt"]
+    kind: Literal["lora_a", "lora_b", "control", "output_rows", "prompt"]
     tensor: Annotated[str, Meta(max_length=120)]
     shape: Annotated[list[Annotated[int, Meta(ge=1, le=2**24)]], Meta(min_length=1, max_length=2)]
     scale: Annotated[int, Meta(ge=0, le=12)] = 0
@@ -46,7 +47,7 @@ class Variant(Record, frozen=True):
 class Manifest(Record, frozen=True):
     """What the adapter's numbers are; its bytes, as logged, are part of every digest.
 
-    `a_seed` is the job's seed: it makes the fixed A of each LoRA and the directions alike.
+    `a_seed` is the job's seed: it makes the A that each LoRA begins with and the directions alike.
     """
 
     epoch: Annotated[int, Meta(ge=0, lt=2**32)]

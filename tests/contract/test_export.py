@@ -65,13 +65,15 @@ def noise(architecture: str) -> float:
 
 
 def loras(twin: Twin) -> list[Block]:
-    """Every matrix of layer 1 and the attention's of layer 0, of two ranks."""
+    """Every matrix of layer 1 and the attention's of layer 0, of two ranks; some rows of A move."""
     blocks: list[Block] = []
     for name, shape in read_header(str(twin.path)).tensors.items():
         if name.startswith("blk.") and len(shape) == 2 and not name.startswith("blk.0.ffn"):
             rank = 2 if "ffn" in name else 3
             d_in, d_out = shape
             blocks += [Block("lora_b", name, [d_out], slot=n, d_in=d_in) for n in range(rank)]
+            if name.startswith("blk.1."):
+                blocks.append(Block("lora_a", name, [d_in], slot=1))
     return blocks
 
 

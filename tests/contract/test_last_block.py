@@ -147,7 +147,7 @@ def in_torch(job: Job, twin: hf_gguf.Twin, values: Any) -> Any:
         "ffn_down": model.mlp.down_proj,
     }
     heads = {"attn_q": shape.heads, "attn_k": shape.kv_heads}
-    added: dict[str, list[tuple[Any, Any]]] = {name: [] for name in modules}
+    added: dict[tuple[str, int], tuple[Any, Any]] = {}
     output = twin.hf.lm_head.weight.detach()
     adaptation = Adaptation(twin.architecture, SEED, 0, blocks, job.layout.offsets)
     for number, block in enumerate(blocks):
@@ -157,12 +157,21 @@ def in_torch(job: Job, twin: hf_gguf.Twin, values: Any) -> Any:
             output = output.index_add(0, torch.tensor(block.rows), part)
             continue
         role = block.tensor.split(".")[2]
+        if block.kind == "lora_a":  # it stands behind its B
+            b, a = added[role, block.slot]
+            added[role, block.slot] = (b, a + part)
+            continue
         if twin.architecture == "llama" and role in heads:
             order = np.arange(block.shape[0])[:, None].astype(np.float32)
             placed = hf_gguf.interleaved(order, heads[role])[:, 0].astype(np.int64)
             part = part[torch.tensor(np.argsort(placed))]
-        added[role].append((part, torch.tensor(adaptation.fixed_a(number))))
-    hooks = [modules[role].register_forward_hook(adding(pairs)) for role, pairs in added.items()]
+        added[role, block.slot] = (part, torch.tensor(adaptation.fixed_a(number)))
+    hooks = [
+        module.register_forward_hook(
+            adding([pair for (role, _), pair in added.items() if role == name])
+        )
+        for name, module in modules.items()
+    ]
     each = [lost(twin.hf, example, output, job) for example in job.examples(job.rows_of(1))]
     for hook in hooks:
         hook.remove()
@@ -190,15 +199,17 @@ def lost(hf: Any, example: Example, output: Any, job: Job) -> Any:
     return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
 
 
+@pytest.mark.parametrize("tune_a", [True, False])
 @pytest.mark.parametrize("loss", ["choices", "tokens"])
 @pytest.mark.parametrize(
     ("architecture", "tied"), [("llama", False), ("qwen2", True), ("qwen2", False), ("qwen3", True)]
 )
 def test_the_gradient_of_each_block_is_autograds(
-    a_twin: Twins, architecture: str, tied: bool, loss: str
+    a_twin: Twins, architecture: str, tied: bool, loss: str, tune_a: bool
 ) -> None:
     twin = a_twin(architecture, tied=tied)
-    job = a_job(twin.path, loss, last_block(twin.path, rows=ROWS[loss]), spread=0.2)
+    blocks = last_block(twin.path, rows=ROWS[loss], tune_a=tune_a)
+    job = a_job(twin.path, loss, blocks, spread=0.2)
     closed = closed_of(job)
     sites = job.sites(closed, job.rows_of(1))
     ours, gradient = closed.gradient(sites, job.adapter.values())

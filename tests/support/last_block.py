@@ -41,19 +41,25 @@ def write_rows(path: Path, rows: Sequence[dict[str, str]]) -> Path:
     return path
 
 
-def last_block(path: Path, *, rank: int = 2, rows: Sequence[int] = ()) -> list[Block]:
+def last_block(
+    path: Path, *, rank: int = 2, rows: Sequence[int] = (), tune_a: bool = True
+) -> list[Block]:
     """LoRA on each matrix of the last block of the model at `path`, and its output rows `rows`.
 
-    The blocks' scales differ, and the rows are in two blocks.
+    The blocks' scales differ, the rows are in two blocks, and with `tune_a` each LoRA's A moves in
+    all slots but the first.
     """
     header = read_header(str(path))
     prefix = f"blk.{int(header.number('block_count')) - 1}."
-    blocks = [
-        Block("lora_b", name, [shape[1]], slot=slot, d_in=shape[0], scale=slot)
-        for name, shape in sorted(header.tensors.items())
-        if name.startswith(prefix) and len(shape) == 2
-        for slot in range(rank)
-    ]
+    blocks: list[Block] = []
+    for name, shape in sorted(header.tensors.items()):
+        if name.startswith(prefix) and len(shape) == 2:
+            for slot in range(rank):
+                blocks.append(
+                    Block("lora_b", name, [shape[1]], slot=slot, d_in=shape[0], scale=slot)
+                )
+                if tune_a and slot:
+                    blocks.append(Block("lora_a", name, [shape[0]], slot=slot))
     width = int(header.number("embedding_length"))
     parts = [list(rows[:1]), list(rows[1:])] if rows else []
     return blocks + [

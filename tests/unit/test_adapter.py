@@ -111,11 +111,14 @@ def test_a_manifest_whose_parts_do_not_fit_is_refused_by_name() -> None:
     rows = msgspec.structs.replace(manifest, blocks=[Block("output_rows", "output.weight", [100])])
     with pytest.raises(MalformedMessage, match=r"block 0 \(output_rows of output.weight\)"):
         Adapter(encode_manifest(rows))
+    b = Block("lora_b", "m", [70], d_in=30)
     prompt = Block("prompt", "token_embd.weight", [5, 20], rows=[1, 2, 3, 4, 5])
     for blocks, why in (
         ([prompt], "nothing else, has a unit"),
         ([msgspec.structs.replace(prompt, rows=[1], unit=1.0)], r"must be \[rows, n_embd\]"),
         ([Block("control", "", [100], layer=1, unit=1.0)], "nothing else, has a unit"),
+        ([b, Block("lora_a", "m", [30], slot=1)], r"block 1 \(lora_a of m\): no lora_b of slot 1"),
+        ([b, Block("lora_a", "m", [31])], "no lora_b of slot 0 has such an A"),
     ):
         with pytest.raises(MalformedMessage, match=why):
             Adapter(encode_manifest(msgspec.structs.replace(manifest, blocks=blocks)))

@@ -39,6 +39,8 @@ def some_facts(
         matrices[f"blk.{layer}.attn_k.weight"] = [width // 2, width]
         matrices[f"blk.{layer}.attn_v.weight"] = [width // 2, width]
         matrices[f"blk.{layer}.attn_output.weight"] = [width, width]
+        matrices[f"blk.{layer}.ffn_gate.weight"] = [3 * width, width]
+        matrices[f"blk.{layer}.ffn_up.weight"] = [3 * width, width]
         matrices[f"blk.{layer}.ffn_down.weight"] = [width, 3 * width]
     return Facts(
         architecture="llama",
@@ -71,20 +73,21 @@ def build(facts: Facts, options: AdapterOptions, *, labels: int = 0) -> Manifest
     rank=st.integers(1, 5),
     labels=st.integers(2, 9),
     kind=st.sampled_from(["last-block", "output-rows", "lora", "control", "prompt"]),
+    tune_a=st.booleans(),
 )
 def test_whatever_it_builds_is_an_adapter_of_the_model(
-    layers: int, width: int, rank: int, labels: int, kind: AdapterKind
+    layers: int, width: int, rank: int, labels: int, kind: AdapterKind, tune_a: bool
 ) -> None:
     facts = some_facts(layers=layers, width=width, tokens=labels)
-    options = AdapterOptions(kind=kind, rank=rank)
+    options = AdapterOptions(kind=kind, rank=rank, tune_a=tune_a)
     made = build(facts, options, labels=labels)
     data = encode_manifest(made)
     assert decode_manifest(data) == made
     assert len(Adapter(data).theta) == made.d == sum(size(block) for block in made.blocks)
     expected = {
         "output-rows": labels * width,
-        "lora": layers * rank * (width + width // 2),
-        "last-block": rank * (2 * width + 2 * (width // 2)) + labels * width,
+        "lora": layers * rank * (width + width // 2 + tune_a * 2 * width),
+        "last-block": rank * (10 * width + tune_a * 9 * width) + labels * width,
         "control": (layers - 1) * width,
         "prompt": 8 * width,
     }
@@ -100,10 +103,10 @@ def test_output_rows_are_one_block_of_the_labels_tokens_in_their_order() -> None
     assert (block.tensor, block.rows, block.shape) == ("output.weight", [50, 51, 52], [3, 8])
 
 
-def test_the_last_block_is_its_attention_and_the_labels_rows_where_they_move_alone() -> None:
+def test_the_last_block_is_its_matrices_and_the_labels_rows_where_they_move_alone() -> None:
     options = AdapterOptions(kind="last-block", rank=2)
     *lora, rows = build(some_facts(tokens=3), options, labels=3).blocks
-    names = ("attn_q", "attn_k", "attn_v", "attn_output")
+    names = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
     assert [block.tensor for block in lora] == [f"blk.3.{n}.weight" for n in names for _ in "12"]
     assert (rows.kind, rows.rows) == ("output_rows", [50, 51, 52])
     for facts, labels in ((some_facts(tokens=3, tied=True), 3), (some_facts(), 0)):

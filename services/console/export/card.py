@@ -15,6 +15,7 @@ from shared.runtime import project_version
 Row = tuple[str, str]
 
 _KINDS = {
+    "lora_a": "LoRA (A and B tuned)",
     "lora_b": "LoRA (B tuned, A fixed)",
     "output_rows": "rows of the output matrix",
     "control": "control vectors",
@@ -50,7 +51,8 @@ def text(tuned: Tuned, forms: list[str], *, inside: bool = False) -> str:
 
 def _facts(tuned: Tuned) -> list[Row]:
     variant, adapter = tuned.base.variant, tuned.adapter
-    kinds = [shown for kind, shown in _KINDS.items() if kind in tuned.kinds]
+    hidden = {"lora_b"} if "lora_a" in tuned.kinds else set[str]()
+    kinds = [shown for kind, shown in _KINDS.items() if kind in tuned.kinds - hidden]
     return [
         ("base model", tuned.base.name),
         ("its file", f"`{variant.name}`, {variant.size_bytes:,} bytes"),
