@@ -190,7 +190,7 @@ Threshold = Annotated[
 ]
 Rounds = Annotated[
     int | None,
-    typer.Option(min=1, help="Rounds of tuning (100).", rich_help_panel=METHOD),
+    typer.Option(min=1, help="Rounds of tuning (100; last-block 60).", rich_help_panel=METHOD),
 ]
 Directions = Annotated[
     int | None,
@@ -209,7 +209,7 @@ Step = Annotated[
     typer.Option(
         help="Length of a round's step along the gradient, in units of the adapter, falling to "
         "a tenth at the last round (0.01; output-rows 0.03). With local steps: the share of the "
-        "fleet's mean move that a round makes (1). With normalise = none in --spec: the learning "
+        "fleet's mean move that a round makes (1.5). With normalise = none in --spec: the learning "
         "rate.",
         rich_help_panel=METHOD,
     ),

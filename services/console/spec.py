@@ -41,16 +41,24 @@ Tried on ag_news with 1,500 rows, 100 rounds, output rows: step 0.03 with moment
 (llama-3m) and 59 % (llama-1m) of held-out rows, 0.1 without momentum 63 % and 58 %.
 """
 
+GENERATION: Table = {"batch_rows": 64, "local_steps": 8, "local_rows": 8, "local_rate": 0.03}
+"""The default where whole answers are learned: a row has many tokens to be judged by, and each
+costs arithmetic over the whole vocabulary.
+
+Tried on e2e_nlg with llama-3m and 16 devices of 250 rows: after 16 rounds a held-out token costs
+1.90 nats, with a local rate of 0.01 2.28; before, 5.65.
+"""
+
 DEFAULTS: dict[AdapterKind, dict[str, Table]] = {
     "last-block": {
         "adapter": {"rank": 4, "tune_a": True},
         "tuning": {
             "how": "exact",
-            "rounds": 100,
+            "rounds": 60,
             "directions": 8192,
             "batch_rows": 512,
             "normalise": "none",
-            "step": 1.0,
+            "step": 1.5,
             "final_step": 0.05,
             "momentum": 128,
             "local_steps": 4,
@@ -67,9 +75,11 @@ DEFAULTS: dict[AdapterKind, dict[str, Table]] = {
 
 With local steps eps is a unit alone: what leaves the device are 2 eps W times the move's products,
 in 2^-20 nat, and at 1e-5 they fit int32 up to weights W of millions. Local steps pass about once
-over a device's rows: tried on ag_news with llama-3m and 16 devices of 250 rows, 4 steps at 0.01
-answer 74.5 % (loss 0.70) of held-out rows after 100 rounds, 16 at 0.01 only 71.4 % (0.83) after 40,
-no longer falling; on trec it is 16 at 0.006 that answer more (79.5 % against 76.4 %).
+over a device's rows: tried with llama-3m and 16 devices of 250 rows, 16 steps at 0.006 learn trec
+in a fifth of the rounds (81 % after 20 of 60), but from there on by heart (79.8 % at the end, 4
+steps: 81.0 %); on ag_news 8 steps end at a loss of 0.76, 4 at 0.68. Rank 4 ends at 82.6 and 76.1 %,
+rank 2 at 81.0 and 74.3 %. After 60 rounds ag_news begins to be learned by heart as well: 73 % after
+60 and 72 % after 100. A step of 1.5 reaches in 60 rounds what 1 does in 80.
 """
 
 TABLES: dict[str, type[msgspec.Struct]] = {
@@ -131,6 +141,8 @@ def wanted(
         ours: dict[str, Table] = {}
     elif adapter.kind == "last-block" and tuning.get("local_steps") == 0:
         ours = {**ours, "tuning": GRADIENT}
+    elif adapter.kind == "last-block" and not labelled:
+        ours = {**ours, "tuning": {**ours["tuning"], **GENERATION}}
     rest = ours.get("adapter", {})
     adapter = _parsed({"adapter": {**rest, **asked}}, _AdapterTable, given).adapter
     merged: Table = {key: value for key, value in file.items() if key not in TABLES}

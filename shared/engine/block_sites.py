@@ -29,11 +29,11 @@ class BlockSites:
     """(n, K D): before norm and rotation."""
     values: NDArray[np.float16]
     """(n, K D)"""
-    queries: Floats
+    queries: NDArray[np.float16]
     """(m, H D): before norm and rotation."""
     stream: Floats
     """(m, E): the residual stream that enters."""
-    beside: Floats
+    beside: NDArray[np.float16]
     """(m, E): what the engine's final state has beside ours at theta = 0: kernels' rounding."""
     targets: NDArray[np.int32]
     """(m,): as in Example."""

@@ -173,9 +173,9 @@ class LastBlock:
             entering=entering.astype(half),
             keys=weights.through("attn_k", entering).astype(half),
             values=weights.through("attn_v", entering).astype(half),
-            queries=weights.through("attn_q", entering[-m:]),
+            queries=weights.through("attn_q", entering[-m:]).astype(half),
             stream=stream[-m:].copy(),
-            beside=np.zeros_like(stream[-m:]),
+            beside=np.zeros_like(stream[-m:], half),
             targets=example.targets,
         )
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from deploy.demo.processes import ROOT, Child
+from services.console.manifest import LAST_BLOCK
 from shared.broker import BrokerProcess
 from shared.codec import decode_manifest
 from shared.messages import (
@@ -61,7 +62,7 @@ async def test_a_fleet_learns_by_its_last_block_and_the_proxy_answers_as_it_was_
     async with fleet_on(broker, tmp_path) as fleet:
         for number in range(DEVICES):
             await start_device(fleet, number, model)
-        assert "(lora_b, output_rows)" in await submit(fleet, model)
+        assert "(lora_a, lora_b, output_rows)" in await submit(fleet, model)
         async with asyncio.timeout(100):
             events = await fleet.events_until("mail")
         assert isinstance(events[-1], JobEnded), fleet.logs()
@@ -69,8 +70,7 @@ async def test_a_fleet_learns_by_its_last_block_and_the_proxy_answers_as_it_was_
         (epoch,) = [event for event in events if isinstance(event, EpochOpened)]
         assert opened.spec.tuning.local_steps
         tensors = {block.tensor for block in decode_manifest(epoch.manifest).blocks}
-        names = ("attn_q", "attn_k", "attn_v", "attn_output")
-        assert tensors == {"output.weight", *(f"blk.1.{name}.weight" for name in names)}
+        assert tensors == {"output.weight", *(f"blk.1.{name}.weight" for name in LAST_BLOCK)}
         closes = [event for event in events if isinstance(event, RoundClosed) and event.commit]
         assert [close.devices for close in closes] == [DEVICES] * ROUNDS
         first, *_, last = [event for event in events if isinstance(event, AdapterEvaluated)]

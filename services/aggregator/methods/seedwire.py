@@ -43,7 +43,8 @@ class Seedwire(Method):
         if opened.local is None:
             step = tuning.step * _schedule(opened.commits, tuning)
         else:
-            step = tuning.step * _kept(int(pool.measured.sum()), adapter.layout.span(opened.scope))
+            kept = _kept(int(pool.measured.sum()), adapter.layout.span(opened.scope))
+            step = min(tuning.step * kept, 1 - tuning.momentum / 256)
         if tuning.normalise == "rms":
             step = step / spread if spread > 0 else 0.0
         frozen = frozen_of(opened, step, tuning.clip * spread, normaliser)
@@ -55,7 +56,8 @@ def _kept(directions: int, span: tuple[int, int]) -> float:
     """How much of a move to believe that is rebuilt from its products with random directions.
 
     Rebuilt as (1/P) sum_j <x, z_j> z_j, x of d entries comes with noise of (d - 1) / P times its
-    square; P / (P + d - 1) of it is nearest to x.
+    square; P / (P + d - 1) of it is nearest to x. What momentum adds in later rounds comes on top:
+    with a step of 1 - momentum the whole move is made, and no round asks for more.
     """
     return directions / (directions + span[1] - 1)
 

@@ -27,7 +27,8 @@ CACHE = Path(os.environ.get("LEARN_CACHE", ROOT / ".bench/learn"))
 class Order(msgspec.Struct, frozen=True, kw_only=True):
     """`goal` is the value of `measure` at which a run that gains nothing more may stop.
 
-    `job` holds a job's tables, `torch` the numbers of a row in torch.
+    `job` holds a job's tables, `torch` the numbers of a row in torch, whose model is in float and
+    has no `quantisation`.
     """
 
     row: str
@@ -77,7 +78,7 @@ def order(
         dataset=dataset,
         seed=seed,
         split=split,
-        quantisation=quantisation,
+        quantisation="" if in_torch else quantisation,
         job={} if in_torch else _settled(row, dataset, chosen.job),
         torch=_completed(row, chosen.torch) if in_torch else {},
         commits_between=chosen.commits_between,

@@ -1,9 +1,10 @@
 """`make bench NAME=learn`: runs what is not kept yet, then figures, a table and a plot.
 
 DATASET names one of settings.PLACES or several (with commas; all if not set), SEEDS how many seeds
-at most (3); QUICK=1 is one seed with seedwire, the ceiling and mezo, of ag_news if nothing else is
-named, in minutes. LEARN_JOBS runs are made at once (2), each one core's work. What was run is kept
-in `.bench/learn` (LEARN_CACHE), with the table `learn.md` and the curves `learn.png`.
+at most (3); QUICK=1 is one seed with seedwire, mezo and a ceiling of fewer rounds, of trec if
+nothing else is named, in minutes. LEARN_JOBS runs are made at once (2), each one core's work. What
+was run is kept in `.bench/learn` (LEARN_CACHE), with the table `learn.md` and the curves
+`learn.png`.
 """
 
 import asyncio
@@ -21,6 +22,7 @@ from tests.bench.learn.settings import (
     PLACES,
     SHARES,
     Place,
+    Table,
     budget,
     measure,
 )
@@ -29,6 +31,7 @@ from tests.bench.learn.workers import RunFailed, Workers
 
 FLAT_SHARE = 0.9
 """A run that has this share of the ceiling's gain, and gains nothing more, ends."""
+QUICK_CEILING: Table = {"rounds": 25}
 AT = SHARES.index(0.75)
 
 
@@ -43,7 +46,7 @@ async def figures() -> list[Figure]:
     for one in names:
         if one not in PLACES:
             raise SystemExit(f"learn: no DATASET {one!r}; there are {', '.join(PLACES)}")
-    names = names or list(PLACES)[: 1 if quick else None]
+    names = names or (["trec"] if quick else list(PLACES))
     at_most = 1 if quick else int(os.environ.get("SEEDS") or 3)
     workers = Workers(int(os.environ.get("LEARN_JOBS") or 2))
     found: dict[str, dict[tuple[str, int], Curve]] = {one: {} for one in names}
@@ -80,8 +83,9 @@ class _Seed:
     async def run(self) -> None:
         """Every row's curve is in `found`."""
         judged, dataset = measure(self.place.dataset), self.place.dataset
+        changes = QUICK_CEILING if self.quick else None
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._made("ceiling", budget("ceiling", dataset)))
+            group.create_task(self._made("ceiling", budget("ceiling", dataset), changes=changes))
             group.create_task(self._ours())
         goal = goal_of(self.found["ceiling", self.seed], judged, FLAT_SHARE)
         mine = {key: curve for key, curve in self.found.items() if key[1] == self.seed}
@@ -99,13 +103,20 @@ class _Seed:
             spent = self.found["seedwire", self.seed].last.forward_tokens
             await self._made("mezo", OVER_OURS * spent)
 
-    async def _made(self, row: str, budget_tokens: int, goal: float | None = None) -> None:
+    async def _made(
+        self,
+        row: str,
+        budget_tokens: int,
+        goal: float | None = None,
+        changes: Table | None = None,
+    ) -> None:
         asked = order(
             row,
             self.place.dataset,
             self.seed,
             budget_tokens=budget_tokens,
             goal=goal,
+            changes=changes,
             split=self.place.split,
             quantisation=self.place.quantisation,
         )

@@ -152,6 +152,8 @@ CHOSEN: dict[tuple[str, str], Table] = {
     ("fwdllm", "trec"): {"tuning.step": 3e-2},
     ("fedkseed", "ag_news"): {"tuning.step": 1e-2},
     ("fedkseed-pro", "ag_news"): {"tuning.step": 1e-2},
+    ("fedkseed", "e2e_nlg"): {"tuning.step": 1e-2},
+    ("fedkseed-pro", "e2e_nlg"): {"tuning.step": 1e-2},
     ("fedkseed", "trec"): {"tuning.step": 3e-3},
     ("fedkseed-pro", "trec"): {"tuning.step": 3e-3},
 }
