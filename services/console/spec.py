@@ -82,6 +82,15 @@ rank 2 at 81.0 and 74.3 %. After 60 rounds ag_news begins to be learned by heart
 60 and 72 % after 100. A step of 1.5 reaches in 60 rounds what 1 does in 80.
 """
 
+READ_BY: dict[str, tuple[str, ...]] = {
+    "local_steps": ("seedwire", "fedkseed", "fedkseed-pro"),
+    **dict.fromkeys(("candidates", "variance", "threshold"), ("fwdllm",)),
+    **dict.fromkeys(("rank", "targets", "tune_a"), ("last-block", "lora")),
+    "layers": ("last-block", "lora", "control"),
+    **dict.fromkeys(("prompt_text", "prompt_tokens"), ("prompt",)),
+}
+"""Flags that are for some methods, or some adapters, alone."""
+
 TABLES: dict[str, type[msgspec.Struct]] = {
     "task": Task,
     "tuning": Tuning,
@@ -160,6 +169,8 @@ def wanted(
             "--local-steps needs --adapter last-block on a model with a closed form for it (or how "
             "= exact and normalise = none in --spec)"
         )
+    _check_read(given.get("tuning", {}), "method", method)
+    _check_read(given.get("adapter", {}), "adapter", adapter.kind)
     task = msgspec.structs.replace(spec.task, labels=spaced(spec.task))
     return Wanted(msgspec.structs.replace(spec, task=task), adapter)
 
@@ -176,6 +187,15 @@ def read_file(path: Path) -> Table:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from error
+
+
+def _check_read(given: Table, flag: str, chosen: str) -> None:
+    """Find a flag that what was chosen by `flag` takes no notice of."""
+    for name in given:
+        readers = READ_BY.get(name, (chosen,))
+        if chosen not in readers:
+            shown = name.replace("_", "-")
+            raise Usage(f"--{shown} is for --{flag} {' or '.join(readers)}, not for {chosen}")
 
 
 class _AdapterTable(msgspec.Struct):

@@ -248,6 +248,28 @@ def test_probes_take_no_local_steps(labelled: bool, kind: str | None) -> None:
     assert accepted(asked, some_facts(tokens=2 if labelled else 0))
 
 
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        ({"tuning": {"candidates": 3}}, "--candidates is for --method fwdllm, not for seedwire"),
+        (
+            {"tuning": {"method": "mezo", "local_steps": 3}},
+            "--local-steps is for --method seedwire",
+        ),
+        (
+            {"adapter": {"prompt_text": "So:"}},
+            "--prompt-text is for --adapter prompt, not for last",
+        ),
+        ({"adapter": {"kind": "control", "rank": 3}}, "--rank is for --adapter last-block or lora"),
+    ],
+)
+def test_a_flag_that_nobody_would_read_is_refused(
+    flags: dict[str, dict[str, object]], why: str
+) -> None:
+    with pytest.raises(Usage, match=why):
+        wanted(flags, {})
+
+
 def test_without_local_steps_the_last_block_takes_the_gradients_numbers() -> None:
     asked = wanted({"tuning": {"local_steps": 0, "rounds": 9}}, {})
     usual = GRADIENT | {"local_steps": 0, "rounds": 9}
