@@ -140,6 +140,7 @@ START["fedkseed-pro"] = START["fedkseed"]
 
 CHOSEN: dict[tuple[str, str], Table] = {
     ("seedwire", "clinc150"): {"pacing.enough_devices": 10},  # one a domain
+    ("seedwire", "trec"): {"tuning.rounds": 100},
     ("head", "trec"): {"learning_rate": 0.015},
     ("head", "ag_news"): {"learning_rate": 0.01},
     ("ceiling", ""): {"learning_rate": 3e-3},
