@@ -13,7 +13,7 @@ from typing import get_args
 
 from shared import bus, message_schemas, messages, subjects
 from shared.blobs import CHUNK_BYTES
-from shared.codec import MAX_MESSAGE_BYTES
+from shared.codec import MAX_MESSAGE_BYTES, MAX_PAYLOAD_BYTES
 from shared.identity.roles import EARS
 from shared.message_schemas import MESSAGEPACK, Json, remarks
 
@@ -207,7 +207,8 @@ def document() -> Json:
                 "What travels in a fleet that tunes a language model forward-only. Every message "
                 "is a MessagePack map with its name as `type` and its schema version as `v`. New "
                 "fields have defaults, a changed meaning has a new type: ignore fields and types "
-                f"that you do not know. No message has more than {MAX_MESSAGE_BYTES} bytes.\n\n"
+                f"that you do not know. A request has at most {MAX_MESSAGE_BYTES} bytes, no "
+                f"message more than {MAX_PAYLOAD_BYTES}.\n\n"
                 f"{inspect.cleandoc(message_schemas.__doc__ or '').rpartition(chr(10) * 2)[2]}"
             ),
             "license": {"name": "Apache-2.0"},

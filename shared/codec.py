@@ -10,7 +10,9 @@ from shared.messages import AnyMessage, Manifest, Message, Refused
 Kind = TypeVar("Kind")
 
 MAX_MESSAGE_BYTES = 512 * 1024
-"""Above this a blob's digest is sent instead."""
+"""Of a request; above this a blob's digest is sent instead."""
+MAX_PAYLOAD_BYTES = 1024 * 1024
+"""What nats-server takes unless told otherwise."""
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(AnyMessage)

@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from services.console.failure import Failure
-from shared.adapter import Layout
+from shared.adapter import Layout, size
 from shared.codec import encode_manifest
 from shared.engine.protocol import Facts
 from shared.messages import Block, Manifest, Variant
@@ -128,7 +128,12 @@ def label_rows(facts: Facts, labels: dict[str, str]) -> list[int]:
 
 
 def _last_block(facts: Facts, options: AdapterOptions, rows: list[int]) -> list[Block]:
-    """LoRA on the last block's matrices, and the label words' rows where they can be moved."""
+    """LoRA on the last block's matrices, and the label words' rows where they can be moved.
+
+    Of so many labels that their rows have more parameters than the LoRA the rows stay: a round's
+    directions would tell little but them. Tried on clinc150 (150 labels, a device a domain), 60
+    rounds: 7 % with the rows, 23 % without.
+    """
     if not facts.last_block:
         raise Failure(
             f"the last block of this {facts.architecture} model has no closed form; use "
@@ -146,7 +151,9 @@ def _last_block(facts: Facts, options: AdapterOptions, rows: list[int]) -> list[
     strange = sorted({block.tensor for block in blocks} - set(facts.last_block))
     if strange:
         raise Failure(f"--targets: {strange[0]} has no closed form; use --adapter lora")
-    return blocks if facts.tied or not rows else [*blocks, *_output_rows(facts, rows)]
+    if facts.tied or not 0 < len(rows) * facts.n_embd <= sum(size(block) for block in blocks):
+        return blocks
+    return [*blocks, *_output_rows(facts, rows)]
 
 
 def _output_rows(facts: Facts, rows: list[int]) -> list[Block]:

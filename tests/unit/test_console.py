@@ -117,6 +117,13 @@ def test_the_last_block_is_its_matrices_and_the_labels_rows_where_they_move_alon
     assert {block.tensor for block in lora} == {"blk.3.ffn_down.weight"}
 
 
+def test_rows_of_so_many_labels_that_they_outweigh_the_lora_stay() -> None:
+    options = AdapterOptions(kind="last-block", rank=1)
+    for labels, kinds in ((10, {"lora_b", "output_rows"}), (11, {"lora_b"})):
+        made = build(some_facts(tokens=labels), options, labels=labels)
+        assert {block.kind for block in made.blocks} == kinds
+
+
 def test_control_spares_the_first_layer_and_lora_does_not() -> None:
     control = build(some_facts(), AdapterOptions(kind="control"))
     assert [block.layer for block in control.blocks] == [1, 2, 3]
