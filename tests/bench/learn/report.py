@@ -3,8 +3,8 @@
 DATASET names one of settings.PLACES or several (with commas; all if not set), SEEDS how many seeds
 at most (3); QUICK=1 is one seed with seedwire, mezo and the ceiling (of fewer rounds where they
 take long), of trec if nothing else is named, in minutes. LEARN_JOBS runs are made at once (2), each
-one core's work. What was run is kept in `.bench/learn` (LEARN_CACHE), with the table `learn.md` and the
-curves `learn.png`.
+one core's work. What was run is kept in `.bench/learn` (LEARN_CACHE), with the table `learn.md` and
+the curves `learn.png`.
 """
 
 import asyncio
