@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from shared.engine.fitting import OUTPUT
 from shared.engine.gguf_file import Header
+from shared.engine.loras import Loras
 from shared.engine.model import Adaptation
 
 Kind = Literal["lora_a", "lora_b", "control", "output_rows", "prompt"]
@@ -29,33 +30,26 @@ class LoraTensors:
     def __init__(self, header: Header, blocks: Adaptation, *, rows: bool = True) -> None:
         """Of the model in whose file `header` stands; output rows are left out unless `rows`."""
         self._blocks = blocks
-        self._slots: dict[str, list[int]] = {}
-        for number in numbers(blocks, "lora_b"):
-            self._slots.setdefault(blocks.blocks[number].tensor, []).append(number)
-        tuned = blocks.tuned_a
-        self._moving_a = {
-            name: {place: tuned[slot] for place, slot in enumerate(slots) if slot in tuned}
-            for name, slots in self._slots.items()
-        }
+        self._loras = Loras(blocks)
         self._rows = numbers(blocks, "output_rows") if rows else []
-        self._a: dict[str, NDArray[np.float32]] = {}
         self._vocabulary = header.tensors["token_embd.weight"][1]
 
     @property
     def names(self) -> list[str]:
         """The tensors of the model that are added to."""
-        return [*self._slots, *([OUTPUT] if self._rows else [])]
+        return [*self._loras.slots, *([OUTPUT] if self._rows else [])]
 
     def add_nothing(self, values: NDArray[np.float32]) -> bool:
         """Whether all that is added at `values` (d,) is zero."""
-        added = [*self._rows, *(number for slots in self._slots.values() for number in slots)]
+        added = [*self._rows, *numbers(self._blocks, "lora_b")]
         return not any(self._blocks.part(number, values).any() for number in added)
 
     def fixed(self) -> list[Matrix]:
         """The matrices that theta does not move."""
+        still = np.zeros(self._blocks.offsets[-1], np.float32)
         found = [
-            (f"{name}.lora_a", self._at_zero(name))
-            for name, moving in self._moving_a.items()
+            (f"{name}.lora_a", self._loras.a(name, still))
+            for name, moving in self._loras.moving_a.items()
             if not moving
         ]
         if self._rows:
@@ -68,24 +62,14 @@ class LoraTensors:
     def moving(self, values: NDArray[np.float32]) -> list[Matrix]:
         """The matrices that theta is, at `values` (d,)."""
         found: list[Matrix] = []
-        for name, slots in self._slots.items():
-            columns = [self._blocks.part(number, values) for number in slots]
-            found.append((f"{name}.lora_b", np.stack(columns, axis=1)))
-            if moving := self._moving_a[name]:
-                a = self._at_zero(name).copy()
-                for place, number in moving.items():
-                    a[place] += self._blocks.part(number, values)
-                found.append((f"{name}.lora_a", a))
+        for name, moving in self._loras.moving_a.items():
+            found.append((f"{name}.lora_b", self._loras.b(name, values)))
+            if moving:
+                found.append((f"{name}.lora_a", self._loras.a(name, values)))
         if self._rows:
             rows = [self._blocks.part(number, values) for number in self._rows]
             found.append((f"{OUTPUT}.lora_a", np.concatenate(rows)))
         return found
-
-    def _at_zero(self, name: str) -> NDArray[np.float32]:
-        """A of tensor `name` at theta = 0: (rank, d_in)."""
-        if name not in self._a:
-            self._a[name] = np.stack([self._blocks.fixed_a(number) for number in self._slots[name]])
-        return self._a[name]
 
     def pairs(
         self, values: NDArray[np.float32]

@@ -26,6 +26,7 @@ from shared.engine import scoring
 from shared.engine.block_sites import BlockSites
 from shared.engine.examples import first_tokens
 from shared.engine.last_block import LastBlock
+from shared.engine.loras import Loras
 from shared.engine.model import Adaptation, Example, Losses, Sites
 from shared.engine.protocol import Facts
 from shared.errors import EngineError
@@ -120,6 +121,7 @@ class FakeModel(Words):
         super().__init__(options.n_vocab)
         self._options = options
         self._blocks = blocks
+        self._loras = Loras(blocks)
         self._rows = blocks.output_rows
         self._choices: NDArray[np.int64] | None = None
         self._values = np.zeros(blocks.offsets[-1], np.float32)
@@ -208,18 +210,14 @@ class FakeModel(Words):
             part = self._blocks.part(number, self._values)
             if block.kind == "control":
                 moved += part
-            elif block.kind == "lora_b":
-                moved += np.outer(state @ self._a(number), part)
+        for tensor in self._loras.slots:
+            lora = self._loras.at(tensor, self._values)
+            moved += (state @ lora.a.T) @ lora.b.T
         if len(self._blocks.prompt_tokens):
             added = self._blocks.prompt_moved(self._values).sum(axis=0)
             moved += np.outer(given.reach, added)
         self.forwarded += given.tokens
         return moved / np.sqrt((moved**2).mean(axis=1, keepdims=True) + 1e-6), given
-
-    def _a(self, number: int) -> NDArray[np.float32]:
-        row = self._blocks.fixed_a(number)
-        moving = self._blocks.tuned_a.get(number)
-        return row if moving is None else row + self._blocks.part(moving, self._values)
 
     def _prepare(self, examples: Sequence[Example]) -> "_Prepared":
         states: list[NDArray[np.float64]] = []

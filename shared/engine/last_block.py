@@ -19,20 +19,13 @@ from numpy.typing import NDArray
 from shared.engine.block_sites import Batch, BlockSites, Told, groups
 from shared.engine.block_sites import batch as batch_of
 from shared.engine.block_weights import BlockWeights, sigmoid, silu
+from shared.engine.loras import Lora, Loras
 from shared.engine.model import Adaptation, Example, Losses
 from shared.engine.output_head import OutputHead
 
 Floats = NDArray[np.float32]
 
 _ONE = np.float32(1.0)
-
-
-@dataclass(frozen=True, slots=True)
-class _Lora:
-    """The LoRA of one of the block's matrices: A (r, d_in) and B (d_out, r)."""
-
-    a: Floats
-    b: Floats
 
 
 @dataclass(slots=True)
@@ -68,19 +61,9 @@ class LastBlock:
         self._weights = weights
         self._adaptation = adaptation
         self._head = OutputHead(weights, adaptation, choices)
-        self._slots: dict[str, list[int]] = {}
-        for number, block in enumerate(adaptation.blocks):
-            if block.kind == "lora_b" and block.tensor in weights.roles:
-                self._slots.setdefault(weights.roles[block.tensor], []).append(number)
-        tuned = adaptation.tuned_a
-        self._moving_a = {
-            role: {place: tuned[slot] for place, slot in enumerate(slots) if slot in tuned}
-            for role, slots in self._slots.items()
-        }
-        self._fixed_a = {
-            role: np.stack([adaptation.fixed_a(number) for number in slots])
-            for role, slots in self._slots.items()
-        }
+        self._loras = Loras(adaptation)
+        tensors = [tensor for tensor in self._loras.slots if tensor in weights.roles]
+        self._tensors = {weights.roles[tensor]: tensor for tensor in tensors}
         self._rows = [n for n, block in enumerate(adaptation.blocks) if block.kind == "output_rows"]
 
     @property
@@ -91,9 +74,10 @@ class LastBlock:
     @property
     def numbers(self) -> list[int]:
         """The manifest's blocks whose slopes are known in closed form."""
-        slots = [number for slots in self._slots.values() for number in slots]
-        rows_of_a = [number for moving in self._moving_a.values() for number in moving.values()]
-        return sorted([*self._rows, *slots, *rows_of_a])
+        found = list(self._rows)
+        for tensor in self._tensors.values():
+            found += [*self._loras.slots[tensor], *self._loras.moving_a[tensor].values()]
+        return sorted(found)
 
     def sites(
         self, examples: Sequence[Example], streams: Sequence[Floats], states: Sequence[Floats]
@@ -106,7 +90,7 @@ class LastBlock:
         still = np.zeros(self._adaptation.offsets[-1], np.float32)
         for chosen in groups(found, self._weights):
             batch = batch_of([found[number] for number in chosen])
-            ours = self._forward(batch, self._loras(still)).state
+            ours = self._forward(batch, self._at(still)).state
             for place, number in enumerate(chosen):
                 state = states[number]
                 found[number].beside[:] = state - ours[place, : len(state)]
@@ -114,7 +98,7 @@ class LastBlock:
 
     def losses(self, sites: Sequence[BlockSites], values: Floats) -> Losses:
         """Losses of the examples at theta = `values` (d,)."""
-        loras = self._loras(values)
+        loras = self._at(values)
         told = Told.of(sites)
         for chosen in groups(sites, self._weights):
             batch = batch_of([sites[number] for number in chosen])
@@ -128,7 +112,7 @@ class LastBlock:
     ) -> tuple[Losses, NDArray[np.float64]]:
         """Losses, and the gradient of their sum: (d,) float64, zero outside `numbers`."""
         whole = np.zeros(self._adaptation.offsets[-1])
-        loras = self._loras(values)
+        loras = self._at(values)
         told = Told.of(sites)
         for chosen in groups(sites, self._weights):
             batch = batch_of([sites[number] for number in chosen])
@@ -140,10 +124,11 @@ class LastBlock:
             slopes = np.zeros_like(passed.state)
             slopes[batch.real] = back
             for role, part in self._backward(batch, loras, passed, slopes).items():
-                for column, number in enumerate(self._slots[role]):
+                tensor = self._tensors[role]
+                for column, number in enumerate(self._loras.slots[tensor]):
                     self._span(whole, number)[:] += part.b[:, column]
-                for place, number in self._moving_a[role].items():
-                    self._span(whole, number)[:] += part.a[place]
+                for row, number in self._loras.moving_a[tensor].items():
+                    self._span(whole, number)[:] += part.a[row]
             done = 0
             for number in self._rows:
                 height = self._adaptation.blocks[number].shape[0]
@@ -155,15 +140,8 @@ class LastBlock:
         offsets = self._adaptation.offsets
         return whole[offsets[number] : offsets[number + 1]]
 
-    def _loras(self, values: Floats) -> dict[str, _Lora]:
-        found: dict[str, _Lora] = {}
-        for role, slots in self._slots.items():
-            a = self._fixed_a[role].copy()
-            for place, number in self._moving_a[role].items():
-                a[place] += self._adaptation.part(number, values)
-            b = np.stack([self._adaptation.part(number, values) for number in slots], axis=1)
-            found[role] = _Lora(a, b)
-        return found
+    def _at(self, values: Floats) -> dict[str, Lora]:
+        return {role: self._loras.at(tensor, values) for role, tensor in self._tensors.items()}
 
     def _site(self, example: Example, stream: Floats, m: int) -> BlockSites:
         weights = self._weights
@@ -179,7 +157,7 @@ class LastBlock:
             targets=example.targets,
         )
 
-    def _forward(self, batch: Batch, loras: dict[str, _Lora]) -> _Passed:
+    def _forward(self, batch: Batch, loras: dict[str, Lora]) -> _Passed:
         weights = self._weights
         b, n = batch.keys.shape[:2]
         m = batch.at.shape[1]
@@ -226,18 +204,19 @@ class LastBlock:
         )  # fmt: skip
 
     def _backward(
-        self, batch: Batch, loras: dict[str, _Lora], passed: _Passed, slopes: Floats
-    ) -> dict[str, _Lora]:
+        self, batch: Batch, loras: dict[str, Lora], passed: _Passed, slopes: Floats
+    ) -> dict[str, Lora]:
         """The gradient with respect to each A and B, from that of the final states."""
         weights = self._weights
         m = batch.at.shape[1]
-        found: dict[str, _Lora] = {}
+        found: dict[str, Lora] = {}
 
         def find(role: str, outgoing: Floats) -> Floats:
             """The gradient of what is under A, (.., r); those of A and B are found on the way."""
             under = outgoing @ loras[role].b
-            a = _outer(under, passed.entering[role]) if self._moving_a[role] else loras[role].a
-            found[role] = _Lora(a, _outer(outgoing, passed.low[role]))
+            moves = self._loras.moving_a[self._tensors[role]]
+            a = _outer(under, passed.entering[role]) if moves else loras[role].a
+            found[role] = Lora(a, _outer(outgoing, passed.low[role]))
             return under
 
         def into(role: str, outgoing: Floats) -> Floats:

@@ -232,20 +232,6 @@ class Adaptation:
             ]
         )
 
-    @property
-    def tuned_a(self) -> dict[int, int]:
-        """By LoRA block, the number of the block that moves its row of A, where one does."""
-        moving = {
-            (block.tensor, block.slot): number
-            for number, block in enumerate(self.blocks)
-            if block.kind == "lora_a"
-        }
-        return {
-            number: moving[block.tensor, block.slot]
-            for number, block in enumerate(self.blocks)
-            if block.kind == "lora_b" and (block.tensor, block.slot) in moving
-        }
-
     def fixed_a(self, number: int) -> NDArray[np.float32]:
         """The row of A of LoRA block `number` (`lora_b`) at theta = 0: (d_in,) float32."""
         before = sum(block.d_in for block in self.blocks[:number] if block.kind == "lora_b")
