@@ -1,7 +1,7 @@
 """What answers look like on the wire, as OpenAI's API spells it. Pure: dicts from plain values."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from services.proxy_inference.running import Finish, Mark
@@ -25,6 +25,7 @@ class Head:
     created: int
     model: str
     fingerprint: str
+    also: Json = field(default_factory=dict[str, object])
 
     def of(self, kind: str, choices: list[Json]) -> Json:
         return {
@@ -34,7 +35,7 @@ class Head:
             "model": self.model,
             "system_fingerprint": self.fingerprint,
             "choices": choices,
-        }
+        } | self.also
 
 
 def usage(prompt: int, written: int, reused: int) -> Json:

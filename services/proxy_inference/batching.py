@@ -18,14 +18,20 @@ class Sequence:
     every position from `read_from` on.
     """
 
-    __slots__ = ("fed", "lane", "read_from", "reused", "tokens")
+    __slots__ = ("alpha", "fed", "lane", "read_from", "reused", "tokens")
 
-    def __init__(self, prompt: Tokens[int], *, read_from: int | None = None) -> None:
-        """Raises ValueError for an empty prompt: there would be nothing to go on from."""
+    def __init__(
+        self, prompt: Tokens[int], *, read_from: int | None = None, alpha: float = 0.0
+    ) -> None:
+        """`alpha`: how strongly small models steer the large one, where there are any.
+
+        Raises ValueError for an empty prompt: there would be nothing to go on from.
+        """
         if not prompt:
             raise ValueError("a sequence needs at least one token")
         self.tokens = list(prompt)
         self.read_from = len(self.tokens) - 1 if read_from is None else read_from
+        self.alpha = alpha
         self.fed = 0
         self.reused = 0
         """Tokens of the prompt that were in the cache already."""
@@ -42,6 +48,8 @@ class Lane:
 
     number: int
     held: list[int] = field(default_factory=list[int])
+    steered: bool = False
+    """Whether the small models' caches hold it as well."""
     sequence: Sequence | None = None
     used: int = 0
     """The pass that it was last used in."""
@@ -54,6 +62,8 @@ class Share:
     sequence: Sequence
     count: int
     reads: int
+    skip: int = 0
+    """Of the tokens that are not in the cache, so many were sent by a pass before this one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +110,8 @@ class Schedule:
         self._batch_tokens = batch_tokens
         self._most_reads = max(most_reads, lanes)
         self._pass = 0
+        self._owed: list[Forget | Copy] = []
+        """What was sent and not kept: the next pass forgets it first."""
 
     def add(self, sequence: Sequence) -> None:
         """Raises ValueError for a sequence that the whole cache could not hold."""
@@ -123,6 +135,7 @@ class Schedule:
             self._put_back(sequence)
         for lane in self.lanes:
             lane.held = []
+        self._owed.clear()
 
     def next(self) -> Plan:
         """The next pass, without shares if there is nothing to do."""
@@ -135,19 +148,33 @@ class Schedule:
             if plan.shares:
                 break
             self._preempt(plan)  # prompts alone, and none can go on
+        if plan.shares:
+            plan.edits[:0], self._owed = self._owed, []
         return plan
+
+    def spare(self, wanted: int, plan: Plan) -> int:
+        """How many of `wanted` tokens more, all of them read, the pass has room for."""
+        reads = sum(share.reads for share in plan.shares)
+        most = min(wanted, self._batch_tokens - plan.size, self._most_reads - reads)
+        return max(most + min(self._reach(plan.size + most, plan), 0), 0)
 
     def done(self, plan: Plan) -> None:
         """The pass has been made: the cache holds what it fed."""
         for share in plan.shares:
-            sequence, lane = share.sequence, share.sequence.lane
-            end = sequence.fed + share.count
-            if lane is not None:
-                lane.held += sequence.tokens[sequence.fed : end]
-                lane.used = self._pass
-            sequence.fed = end
-            if share.reads:
-                sequence.read_from = end
+            self.fed(share, share.count)
+
+    def fed(self, share: Share, kept: int) -> None:
+        """The pass has been made; of what it fed of this sequence the first `kept` tokens stay."""
+        sequence, lane = share.sequence, share.sequence.lane
+        end = sequence.fed + kept
+        if lane is not None:
+            lane.held += sequence.tokens[sequence.fed : end]
+            lane.used = self._pass
+            if kept < share.count:
+                self._owed.append(Forget(lane.number, end))
+        sequence.fed = end
+        if share.reads:
+            sequence.read_from = end
 
     def _admit(self, plan: Plan) -> None:
         """Sequences that wait get lanes, in their order, as long as there are lanes and room."""
@@ -165,8 +192,11 @@ class Schedule:
 
     def _settle(self, sequence: Sequence, idle: list[Lane], plan: Plan) -> None:
         """Give the sequence a lane, with what any lane holds of its beginning."""
+        steered = sequence.alpha != 0.0
         prefix = {
             lane.number: min(common(lane.held, sequence.tokens), sequence.read_from)
+            if lane.steered == steered
+            else 0
             for lane in self.lanes
         }
         best = max(self.lanes, key=lambda lane: (prefix[lane.number], lane.sequence is None))
@@ -184,7 +214,7 @@ class Schedule:
             if count and fits:
                 plan.edits.append(Copy(best.number, mine.number, count))
                 mine.held = best.held[:count]
-        mine.sequence, mine.used = sequence, self._pass
+        mine.sequence, mine.used, mine.steered = sequence, self._pass, steered
         sequence.lane, sequence.fed = mine, len(mine.held)
         sequence.reused = max(sequence.reused, sequence.fed)
         self.running.append(sequence)

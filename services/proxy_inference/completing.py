@@ -27,7 +27,7 @@ from services.proxy_inference.requests import (
 )
 from services.proxy_inference.running import Answer, Choice, Finish, Mark, Piece
 from services.proxy_inference.sampling import Sampler
-from services.proxy_inference.service import Proxy
+from services.proxy_inference.service import Proxy, Way
 from services.proxy_inference.vocabulary import Detokenizer
 from shared.dataset import Row, check_task, split_template
 from shared.engine.examples import choice_tokens, example
@@ -62,7 +62,7 @@ class Wanted:
 class Asked:
     """One request, understood: the answers to write and how they are told."""
 
-    held: Held
+    way: Way
     runs: list[Answer]
     form: Form
     head: Head
@@ -107,7 +107,8 @@ class Completing:
                 asked.logprobs,
                 bool(asked.echo),
             )
-            return await self._answer(request, _understood(held, asked, wanted))
+            way = self._proxy.way(held, asked.proxy_mode, asked.proxy_alpha)
+            return await self._answer(request, self._understood(held, way, asked, wanted))
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         body = await request.read()
@@ -132,7 +133,8 @@ class Completing:
                 _ends(template.end_of_turn, vocabulary),
                 marks,
             )
-            return await self._answer(request, _understood(held, asked, wanted))
+            way = self._proxy.way(held, asked.proxy_mode, asked.proxy_alpha)
+            return await self._answer(request, self._understood(held, way, asked, wanted))
 
     async def classify(self, request: web.Request) -> web.Response:
         body = await request.read()
@@ -148,7 +150,8 @@ class Completing:
                     "use /v1/completions (base takes the labels of the job that serves)",
                     param="model",
                 )
-            room = spec.task.max_tokens - len(held.generation.prompt)
+            way = self._proxy.way(held, asked.proxy_mode, asked.proxy_alpha)
+            room = spec.task.max_tokens - len(way.prompt)
             task = msgspec.structs.replace(spec.task, loss="choices", max_tokens=room)
             try:
                 check_task(task)
@@ -157,27 +160,83 @@ class Completing:
                 )
             except EngineError as error:
                 raise Refusal(400, str(error), param="model") from error
-            prompt += held.generation.prompt
-            _check_length(held, prompt, "text")
+            prompt += way.prompt
+            _check_length(way, prompt, "text")
             self._proxy.admit(1)
             self._proxy.metrics.tokens.labels("prompt").inc(len(prompt))
-            run = Choice(Sequence(prompt), choices)
-            async with self._proxy.running(held, [run]) as pieces:
+            run = Choice(Sequence(prompt, alpha=way.alpha), choices)
+            async with self._proxy.running(way.speaker, [run]) as pieces:
                 _, piece = await anext(pieces)
             _check(piece)
-            return json_response(_classified(held, list(task.labels), piece.scores))
+            shown = _classified(list(task.labels), piece.scores)
+            shown |= {"model": held.name, "system_fingerprint": way.fingerprint}
+            return json_response(shown | self._told(way))
 
     async def _answer(self, request: web.Request, asked: Asked) -> web.StreamResponse:
         self._proxy.admit(len(asked.runs))
         began = time.monotonic()
         try:
-            async with self._proxy.running(asked.held, asked.runs) as pieces:
+            async with self._proxy.running(asked.way.speaker, asked.runs) as pieces:
                 timed = self._timed(pieces, began)
                 if asked.stream:
                     return await _streamed(request, asked, timed)
                 return await _gathered(asked, timed)
         finally:
             self._count(asked, time.monotonic() - began)
+
+    def _understood(
+        self, held: Held, way: Way, request: CompletionRequest | ChatRequest, wanted: Wanted
+    ) -> Asked:
+        vocabulary = held.generation.weights.vocabulary
+        sampling = request.sampling(vocabulary.size)
+        seed = secrets.randbits(63) if request.seed is None else request.seed
+        runs: list[Answer] = []
+        if wanted.echo and way.prompt:
+            raise Refusal(
+                400,
+                f"{held.name} has a soft prompt between a prompt and its answer, which cannot be "
+                "told as text: leave out echo",
+                param="echo",
+            )
+        prompts = [[*prompt, *way.prompt] for prompt in wanted.prompts]
+        for prompt in prompts:
+            _check_length(way, prompt, "messages" if isinstance(request, ChatRequest) else "prompt")
+            left = way.limit - len(prompt)
+            reads = 0 if wanted.echo and wanted.marks is not None else None
+            for _ in range(request.n or 1):
+                answer = Answer(
+                    Sequence(prompt, read_from=reads, alpha=way.alpha),
+                    vocabulary,
+                    Sampler(sampling, seed, len(runs)),
+                    max_tokens=left if wanted.length is None else min(wanted.length, left),
+                    stops=wanted.stops,
+                    ends=wanted.ends,
+                    marks=wanted.marks,
+                    echo=wanted.echo,
+                )
+                runs.append(answer)
+        head = Head(
+            f"{wanted.prefix}-{uuid4().hex}",
+            int(time.time()),
+            held.name,
+            way.fingerprint,
+            self._told(way),
+        )
+        return Asked(
+            way,
+            runs,
+            wanted.form,
+            head,
+            sum(len(prompt) for prompt in prompts),
+            bool(request.stream),
+            bool(request.stream_options and request.stream_options.include_usage),
+        )
+
+    def _told(self, way: Way) -> Json:
+        """What an answer says of how it was made, where there is more than one way."""
+        if self._proxy.pool.large is None:
+            return {}
+        return {"proxy": {"mode": way.mode, "alpha": way.alpha, "exact": True}}
 
     async def _timed(
         self, pieces: AsyncGenerator[tuple[int, Piece], None], began: float
@@ -195,46 +254,6 @@ class Completing:
         metrics.tokens.labels("prompt").inc(asked.prompt_tokens)
         metrics.tokens.labels("cached").inc(sum(run.sequence.reused for run in asked.runs))
         metrics.tokens.labels("written").inc(sum(run.written for run in asked.runs))
-
-
-def _understood(held: Held, request: CompletionRequest | ChatRequest, wanted: Wanted) -> Asked:
-    vocabulary = held.generation.weights.vocabulary
-    sampling = request.sampling(vocabulary.size)
-    seed = secrets.randbits(63) if request.seed is None else request.seed
-    runs: list[Answer] = []
-    if wanted.echo and held.generation.prompt:
-        raise Refusal(
-            400,
-            f"{held.name} has a soft prompt between a prompt and its answer, which cannot be told "
-            "as text: leave out echo",
-            param="echo",
-        )
-    prompts = [[*prompt, *held.generation.prompt] for prompt in wanted.prompts]
-    for prompt in prompts:
-        _check_length(held, prompt, "messages" if isinstance(request, ChatRequest) else "prompt")
-        left = held.generation.limit - len(prompt)
-        reads = 0 if wanted.echo and wanted.marks is not None else None
-        for _ in range(request.n or 1):
-            answer = Answer(
-                Sequence(prompt, read_from=reads),
-                vocabulary,
-                Sampler(sampling, seed, len(runs)),
-                max_tokens=left if wanted.length is None else min(wanted.length, left),
-                stops=wanted.stops,
-                ends=wanted.ends,
-                marks=wanted.marks,
-                echo=wanted.echo,
-            )
-            runs.append(answer)
-    return Asked(
-        held,
-        runs,
-        wanted.form,
-        Head(f"{wanted.prefix}-{uuid4().hex}", int(time.time()), held.name, held.fingerprint),
-        sum(len(prompt) for prompt in prompts),
-        bool(request.stream),
-        bool(request.stream_options and request.stream_options.include_usage),
-    )
 
 
 async def _off_loop(
@@ -289,13 +308,12 @@ def _ends(stops: Iterable[str], vocabulary: Detokenizer) -> frozenset[int]:
     return frozenset(ends)
 
 
-def _check_length(held: Held, prompt: list[int], param: str) -> None:
-    limit = held.generation.limit
-    if len(prompt) >= limit:
+def _check_length(way: Way, prompt: list[int], param: str) -> None:
+    if len(prompt) >= way.limit:
         raise Refusal(
             400,
             f"the prompt has {len(prompt)} tokens; prompt and answer together have room for "
-            f"{limit}: shorten it",
+            f"{way.limit}: shorten it",
             param=param,
             code="context_length_exceeded",
         )
@@ -360,7 +378,7 @@ def _usage(asked: Asked) -> Json:
     return answers.usage(asked.prompt_tokens, written, reused)
 
 
-def _classified(held: Held, labels: list[str], scores: list[float]) -> Json:
+def _classified(labels: list[str], scores: list[float]) -> Json:
     values = np.array(scores)
     weights = np.exp(values - values.max())
     shares = weights / weights.sum()
@@ -369,8 +387,6 @@ def _classified(held: Held, labels: list[str], scores: list[float]) -> Json:
     return {
         "label": labels[int(shares.argmax())],
         "probabilities": dict(zip(labels, shares.tolist(), strict=True)),
-        "model": held.name,
-        "system_fingerprint": held.fingerprint,
     }
 
 

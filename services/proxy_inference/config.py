@@ -1,6 +1,6 @@
 """The proxy's settings."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta
 
@@ -21,6 +21,24 @@ class Settings(HttpSettings, frozen=True):
     job: Annotated[
         str, Meta(description="Serve this job; without it, the job that published last.")
     ] = ""
+    large: Annotated[
+        str,
+        Meta(description="A large model's GGUF file, which the tuned small one steers; none: no."),
+    ] = ""
+    alpha: Annotated[
+        float,
+        Meta(
+            ge=0.0, le=10.0, description="How strongly, where a request does not say proxy_alpha."
+        ),
+    ] = 1.0
+    mode: Annotated[
+        Literal["", "small", "large", "ensemble"],
+        Meta(description="What answers where a request does not say proxy_mode; empty: the best."),
+    ] = ""
+    speculate: Annotated[
+        bool,
+        Meta(description="Let the small model draft what the ensemble says, where that pays."),
+    ] = True
     api_key: Annotated[
         str, Meta(description="The bearer token that requests must bring; empty: none.")
     ] = ""

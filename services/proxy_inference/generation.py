@@ -7,19 +7,21 @@ llama.cpp ends the process on a batch longer than the context was made for: that
 
 import ctypes
 import threading
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from services.proxy_inference.batching import Forget, Plan, Schedule, Sequence
+from services.proxy_inference.running import Run
 from services.proxy_inference.shelf import ModelFile
+from services.proxy_inference.speaking import BATCH_TOKENS, Heard, Room, Settled, parted
 from services.proxy_inference.vocabulary import Detokenizer
 from shared.adapter import Adapter
 from shared.engine.embeddings import Embeddings
 from shared.engine.fitting import check_fit, supported_header
-from shared.engine.gguf_file import Header
+from shared.engine.gguf_file import Header, read_header
 from shared.engine.llama_adapters import Control, Lora
 from shared.engine.model import Adaptation
 from shared.engine.native import (
@@ -35,7 +37,6 @@ from shared.engine.native import (
 from shared.engine.soft_prompt import Inputs
 from shared.errors import EngineError
 
-BATCH_TOKENS = 512
 _FINAL_STATE = b"result_norm"
 _MOST_LOGITS = 1 << 24
 """Of one pass: 64 MB."""
@@ -47,13 +48,16 @@ _adapters = threading.Lock()
 class Weights:
     """A GGUF file in memory, shared by the generations over it."""
 
-    def __init__(self, file: ModelFile) -> None:
-        """Raises EngineError for a file that cannot be served; names it and the mend."""
+    def __init__(self, file: ModelFile, *, tuned: bool = True) -> None:
+        """`tuned`: the fleet's adapters are to fit; else any architecture of llama.cpp's will do.
+
+        Raises EngineError for a file that cannot be served; names it and the mend.
+        """
         start()
         self.file = file
         self.path = path = str(file.path)
         self.digest = file.digest
-        self.header: Header = supported_header(path)
+        self.header: Header = supported_header(path) if tuned else read_header(path)
         self.model: Any = load(path)
         self.vocabulary = Detokenizer(self.model)
         self.width = int(native.llama_model_n_embd(self.model))
@@ -62,15 +66,6 @@ class Weights:
 
     def close(self) -> None:
         native.llama_model_free(self.model)
-
-
-@dataclass(frozen=True, slots=True)
-class Room:
-    """How large a generation's context is."""
-
-    cells: int
-    lanes: int
-    threads: int
 
 
 class Generation:
@@ -120,8 +115,10 @@ class Generation:
             EngineError: llama.cpp failed; the cache is in no known state.
         """
         size = self._batch.fill(plan)
-        assert 0 < size <= BATCH_TOKENS, f"a pass of {size} tokens would abort the process"
+        assert size <= BATCH_TOKENS, f"a pass of {size} tokens would abort the process"
         self._edit(plan)
+        if not size:
+            return np.empty((0, self.weights.vocabulary.size), np.float32)
         reads = sum(share.reads for share in plan.shares)
         self._watching = bool(reads) and len(self._rows) > 0
         code = native.llama_decode(self._context, self._batch.sent)
@@ -142,6 +139,13 @@ class Generation:
                 raise EngineError("llama.cpp gave no final states: output rows cannot be served")
             logits[:, self._rows] += states @ self._deltas.T
         return logits
+
+    def speak(self, plan: Plan, schedule: Schedule, runs: Mapping[Sequence, Run]) -> list[Heard]:
+        """As `decode`, by sequence; what waits and who asks make no difference."""
+        return parted(plan.shares, self.decode(plan))
+
+    def settle(self, settled: list[Settled]) -> None:
+        """Nothing is learnt from it."""
 
     def clear(self) -> None:
         """The cache is empty, of numbers too: what was not finite could leak through a mask."""
@@ -256,7 +260,7 @@ class _Batch:
         for share in plan.shares:
             sequence = share.sequence
             assert sequence.lane is not None
-            end, first = at + share.count, sequence.fed
+            end, first = at + share.count, sequence.fed + share.skip
             self._tokens[at:end] = sequence.tokens[first : first + share.count]
             self._positions[at:end] = range(first, first + share.count)
             self._lanes[at:end] = sequence.lane.number
@@ -275,7 +279,7 @@ def _adaptation(adapter: Adapter) -> Adaptation:
     return Adaptation(
         manifest.architecture,
         manifest.seed,
-        manifest.epoch,
+        manifest.epoch_of_a,
         manifest.blocks,
         adapter.layout.offsets,
     )

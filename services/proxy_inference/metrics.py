@@ -7,6 +7,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.registry import Collector
 
+from services.proxy_inference.ensemble.counts import Counts
 from services.proxy_inference.pool import Pool
 from services.proxy_inference.swapping import Swapper
 from services.proxy_inference.worker import Worker
@@ -56,6 +57,31 @@ class Metrics:
         return generate_latest(self._registry)
 
 
+def _ensemble(counts: Counts) -> Iterator[Metric]:
+    """Of the large model steered by small ones; P is the ensemble, L the large, M+ the tuned."""
+    drafts = CounterMetricFamily(
+        "seedwire_proxy_drafts",
+        "Tokens drafted by the tuned small model, by place after what was certain, and fate.",
+        labels=["place", "fate"],
+    )
+    for place, (drafted, taken) in enumerate(zip(counts.drafted, counts.taken, strict=True), 1):
+        if drafted or place == 1:
+            drafts.add_metric([str(place), "taken"], taken)
+            drafts.add_metric([str(place), "refused"], drafted - taken)
+    yield drafts
+    plain: dict[str, tuple[str, float]] = {
+        "ensemble_passes": ("Passes of a large model that was steered.", counts.passes),
+        "ensemble_tokens": ("Tokens written by passes without a prompt.", counts.tokens),
+        "ensemble_seconds": ("Time of those passes: tokens over it is the speed.", counts.seconds),
+        "ensemble_rollbacks": ("Times caches were cut back to a refused draft.", counts.rollbacks),
+        "ensemble_watched": ("Positions at which divergences were measured.", counts.divergences),
+        "ensemble_kl_large_nats": ("Sum over them of KL(P || L).", counts.from_large),
+        "ensemble_kl_tuned_nats": ("Sum over them of KL(P || M+).", counts.from_tuned),
+    }
+    for name, (sentence, value) in plain.items():
+        yield CounterMetricFamily(f"seedwire_proxy_{name}", sentence, value=value)
+
+
 class _Present(Collector):
     """What is read off the others whenever Prometheus asks."""
 
@@ -102,6 +128,8 @@ class _Present(Collector):
         }
         for name, (sentence, value) in counters.items():
             yield CounterMetricFamily(f"seedwire_proxy_{name}", sentence, value=value)
+        if self._pool.large is not None:
+            yield from _ensemble(self._pool.large.counts)
         yield self._version()
 
     def _version(self) -> Metric:

@@ -8,12 +8,15 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from services.proxy_inference.generation import Generation, Room, Weights
+from services.proxy_inference.ensemble.ensemble import Ensemble
+from services.proxy_inference.ensemble.large import Large
+from services.proxy_inference.generation import Generation, Weights
 from services.proxy_inference.shelf import ModelFile
+from services.proxy_inference.speaking import Room
 from services.proxy_inference.versions import BASE, Version
 from services.proxy_inference.worker import Worker
 from shared.adapter import Adapter
-from shared.errors import TransientError
+from shared.errors import EngineError, TransientError
 from shared.logs import get
 from shared.messages import JobSpec
 
@@ -29,6 +32,10 @@ class Held:
     generation: Generation
     version: Version | None
     spec: JobSpec | None
+    ensemble: Ensemble | None = None
+    """The large model, steered by this version."""
+    alone: str = ""
+    """Why there is no ensemble, or none that is steered."""
     users: int = 0
     asked_for: bool = False
     """Opened for a request that named it: it stays, idle, until its room is needed."""
@@ -47,9 +54,10 @@ class Held:
 class Pool:
     """Opens, lends and closes generations."""
 
-    def __init__(self, worker: Worker, room: Room) -> None:
+    def __init__(self, worker: Worker, room: Room, large: Large | None = None) -> None:
         self.default: Held | None = None
         self.swaps = 0
+        self.large = large
         self._worker = worker
         self._room = room
         self._held: list[Held] = []
@@ -83,9 +91,10 @@ class Pool:
         adapter: Adapter | None,
         file: ModelFile,
         *,
+        anchor: Adapter | None = None,
         asked_for: bool = False,
     ) -> Held:
-        """A generation that may be lent. Make room first: see `room`.
+        """A generation that may be lent, with its ensemble. Make room first: see `room`.
 
         Raises:
             TransientError: the room was taken meanwhile.
@@ -109,6 +118,7 @@ class Pool:
                 raise
             held = Held(generation, version, spec, asked_for=asked_for)
             self._worker.attach(generation)
+            await self._steer(held, weights, adapter, anchor)
             self._held.append(held)
             return held
 
@@ -167,8 +177,9 @@ class Pool:
         """Everything is given back; the worker has ended."""
         for held in self.alive:
             self._held.remove(held)
-            await asyncio.to_thread(held.generation.close)
-            await self._leave(held.generation.weights)
+            await self._give_back(held)
+        if self.large is not None:
+            await asyncio.to_thread(self.large.close)
 
     async def _close_idle(self) -> bool:
         """Whether a generation was idle and is closed now."""
@@ -184,10 +195,35 @@ class Pool:
                 return
             self._held.remove(held)  # from here on it is not lent
             await self._worker.detach(held.generation)
-            await asyncio.to_thread(held.generation.close)
-            await self._leave(held.generation.weights)
+            if held.ensemble is not None:
+                await self._worker.detach(held.ensemble)
+            await self._give_back(held)
             log.info("version_closed", version=held.name)
         self._freed.set()
+
+    async def _steer(
+        self, held: Held, weights: Weights, adapter: Adapter | None, anchor: Adapter | None
+    ) -> None:
+        """The version's ensemble, if there can be one; without it, the version serves alone."""
+        if self.large is None:
+            held.alone = "no large model is given: start the proxy with --large"
+            return
+        try:
+            over = asyncio.to_thread(self.large.over, weights, adapter, anchor, self._room)
+            held.ensemble = await over
+        except EngineError as error:
+            held.alone = str(error)
+            log.error("version_alone", version=held.name, why=held.alone)
+            return
+        if not held.ensemble.steers:
+            held.alone = f"{held.name} has nothing to steer with"
+        self._worker.attach(held.ensemble)
+
+    async def _give_back(self, held: Held) -> None:
+        await asyncio.to_thread(held.generation.close)
+        if held.ensemble is not None:
+            await asyncio.to_thread(held.ensemble.close)
+        await self._leave(held.generation.weights)
 
     def _tell_idle(self) -> None:
         self._idle.set()

@@ -13,6 +13,8 @@ from msgspec import Meta
 from services.proxy_inference.sampling import Sampling
 
 Kind = TypeVar("Kind")
+Mode = Literal["small", "large", "ensemble"]
+"""The tuned small model, the large one as it is, or the large one steered by the small one."""
 
 _PATH = re.compile(r" - at `\$\.?([^`]*)`")
 
@@ -21,6 +23,7 @@ Answers = Annotated[int, Meta(ge=1, le=16)]
 Length = Annotated[int, Meta(ge=0, le=2**31)]
 Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+Alpha = Annotated[float, Meta(ge=0.0, le=10.0)]
 Bias = Annotated[dict[str, Annotated[float, Meta(ge=-100.0, le=100.0)]], Meta(max_length=4096)]
 
 
@@ -65,6 +68,8 @@ class Common(msgspec.Struct, frozen=True, kw_only=True):
     n: Answers | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    proxy_mode: Mode | None = None
+    proxy_alpha: Alpha | None = None
 
     @property
     def stops(self) -> list[str]:
@@ -176,6 +181,8 @@ class ClassifyRequest(msgspec.Struct, frozen=True):
 
     text: Annotated[str, Meta(min_length=1)]
     model: Annotated[str, Meta(max_length=300)] | None = None
+    proxy_mode: Mode | None = None
+    proxy_alpha: Alpha | None = None
 
 
 class RollbackRequest(msgspec.Struct, frozen=True):

@@ -1,5 +1,6 @@
 """What a request does with its logits: an answer that is written, a choice that is made. Pure."""
 
+from collections.abc import Sequence as Several
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -7,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.proxy_inference.batching import Sequence
-from services.proxy_inference.sampling import Sampler, log_probabilities, top
+from services.proxy_inference.sampling import Draft, Drafter, Sampler, log_probabilities, top
 from services.proxy_inference.stopping import Writer
 
 Finish = Literal["stop", "length", "error"]
@@ -48,11 +49,21 @@ class Run(Protocol):
     @property
     def sequence(self) -> Sequence: ...
 
-    def take(self, logits: NDArray[np.float32]) -> Piece | None:
+    def take(self, logits: NDArray[np.float32], drafts: Several[Draft] = ()) -> Piece | None:
         """Use the rows (m, n_vocab) of the sequence's next m positions; what became visible.
 
-        A piece with `finish` is the last.
+        With `drafts` there is a row more than drafts: each row but the first is what follows if the
+        drafts before it are taken. A piece with `finish` is the last.
         """
+        ...
+
+    def drafter(self) -> Drafter | None:
+        """Who proposes what may be written next; None where one token at most is left to write."""
+        ...
+
+    @property
+    def left(self) -> int:
+        """How many tokens may still be written."""
         ...
 
 
@@ -92,27 +103,36 @@ class Answer:
             self._open_with_prompt()
         self._offset = len(self._first)
 
-    def take(self, logits: NDArray[np.float32]) -> Piece | None:
+    @property
+    def left(self) -> int:
+        return self._max_tokens - self.written
+
+    def drafter(self) -> Drafter | None:
+        return self._sampler.drafter() if self.left > 1 else None
+
+    def take(self, logits: NDArray[np.float32], drafts: Several[Draft] = ()) -> Piece | None:
         rows = len(logits)
         known = min(max(self._prompt_tokens - 1 - self._at, 0), rows)
         if known:
             self._mark_prompt(logits[:known])
-        self._at += rows
+        self._at += known
         if known == rows:
             return None
-        text, marks = self._first, self._echoed
+        told = Piece(self._first, self._echoed)
         self._first, self._echoed = "", []
-        piece = self._next(logits[-1]) if self._max_tokens else Piece(finish="length")
-        if not text:
-            return piece
-        return (
-            Piece(text + piece.text, marks + piece.marks, piece.finish)
-            if piece
-            else Piece(text, marks)
-        )
+        if not self._max_tokens:
+            return _joined(told, Piece(finish="length"))
+        for row, draft in zip(logits[known:], [*drafts, None], strict=True):
+            self._at += 1
+            before = len(self.sequence.tokens)
+            told = _joined(told, self._next(row, draft))
+            taken = self.sequence.tokens[before:]
+            if told.finish or draft is None or taken != [draft.token]:
+                break
+        return told if told.text or told.marks or told.finish else None
 
-    def _next(self, logits: NDArray[np.float32]) -> Piece | None:
-        token = self._sampler.choose(logits)
+    def _next(self, logits: NDArray[np.float32], draft: Draft | None) -> Piece | None:
+        token = self._sampler.choose(logits, draft)
         self.written += 1
         if token in self._ends:
             return self._ended("stop")
@@ -176,9 +196,22 @@ class Choice:
         self.sequence = sequence
         self._tokens = tokens
 
-    def take(self, logits: NDArray[np.float32]) -> Piece | None:
+    @property
+    def left(self) -> int:
+        return 0
+
+    def drafter(self) -> None:
+        return None
+
+    def take(self, logits: NDArray[np.float32], drafts: Several[Draft] = ()) -> Piece | None:
         scores = logits[-1][self._tokens].astype(np.float64)
         return Piece(finish="stop", scores=scores.tolist())
+
+
+def _joined(piece: Piece, more: Piece | None) -> Piece:
+    if more is None:
+        return piece
+    return Piece(piece.text + more.text, piece.marks + more.marks, more.finish)
 
 
 def _mark(logits: NDArray[np.float32], token: int, count: int) -> Mark:

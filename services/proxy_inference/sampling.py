@@ -4,6 +4,11 @@ The order: logit bias and penalties, temperature, top-k, top-p, min-p. A request
 generator, Philox keyed by its seed, and draws once a token: what else is computed beside it changes
 nothing but, through the kernels' batch layout, the last bits of the logits. Penalties count what
 has been written, not the prompt.
+
+A draft is a token that a small model proposes. `choose` takes it or another one so that the choice
+is distributed as it would be without drafts (speculative sampling, Leviathan et al. 2023): with
+p the shares by the logits and q those that the draft was drawn by, it is taken with probability
+min(1, p/q), and in its place comes a draw from max(0, p - q).
 """
 
 from collections import Counter
@@ -33,32 +38,78 @@ class Sampling:
     bias: Mapping[int, float] = field(default_factory=dict[int, float])
 
 
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A proposed token."""
+
+    token: int
+    sure: float
+    """The drafting model's own probability of it, before filters and temperature."""
+    tokens: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    shares: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    """q: the candidates it was drawn from and the probability of each; none where the likeliest
+    is taken."""
+
+
 class Sampler:
     """One answer's choices."""
 
     def __init__(self, sampling: Sampling, seed: int, stream: int = 0) -> None:
         """`stream` tells the answers to one request apart."""
         self._sampling = sampling
-        key = np.array([seed % 2**64, stream], np.uint64)
-        self._random = np.random.Generator(np.random.Philox(key=key))
+        self._key = np.array([seed % 2**64, stream], np.uint64)
+        self._random = np.random.Generator(np.random.Philox(key=self._key))
+        self._drafting: np.random.Generator | None = None
         self._written: Counter[int] = Counter()
 
-    def choose(self, logits: Logits) -> int:
-        """The next token, given finite logits (n_vocab,)."""
-        adjusted = self._adjusted(logits)
-        if self._sampling.temperature == 0.0:
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
+        return self._sampling.temperature == 0.0
+
+    def choose(self, logits: Logits, draft: Draft | None = None) -> int:
+        """The next token, given finite logits (n_vocab,), and maybe what a small model proposes."""
+        adjusted = self._adjusted(logits, self._written)
+        if self.greedy:
             token = int(adjusted.argmax())
         else:
             tokens, weights = candidates(adjusted, self._sampling)
-            sums = np.cumsum(weights)
-            place = int(np.searchsorted(sums, self._random.random() * sums[-1], side="right"))
-            token = int(tokens[min(place, len(tokens) - 1)])
+            if draft is None:
+                token = _drawn(tokens, weights, self._random)
+            else:
+                token = _verified(tokens, weights, draft, self._random)
         self._written[token] += 1
         return token
 
-    def _adjusted(self, logits: Logits) -> Logits:
+    def drafter(self) -> "Drafter":
+        """Proposes what may come next; it draws from numbers of its own."""
+        if self._drafting is None:
+            start = np.array([0, 0, 0, 1], np.uint64)
+            self._drafting = np.random.Generator(np.random.Philox(key=self._key, counter=start))
+        return Drafter(self, self._drafting)
+
+    def propose(self, logits: Logits, written: Counter[int], random: np.random.Generator) -> Draft:
+        """A draft by a small model's logits (n_vocab,), after `written`."""
+        adjusted = self._adjusted(logits, written)
+        if self.greedy:
+            token = int(adjusted.argmax())
+            return Draft(token, probability(logits, token))
+        tokens, weights = candidates(adjusted, self._sampling)
+        token = _drawn(tokens, weights, random)
+        return Draft(token, probability(logits, token), tokens, weights / weights.sum())
+
+    def chance(self, logits: Logits, draft: Draft) -> float:
+        """About how likely `choose` would take the draft: filters and penalties left aside."""
+        if self.greedy:
+            return float(int(logits.argmax()) == draft.token)
+        temperature = np.float32(self._sampling.temperature)
+        share = probability(logits / temperature, draft.token)
+        place = int(np.searchsorted(draft.tokens, draft.token))
+        return min(1.0, share / max(float(draft.shares[place]), 1e-12))
+
+    def _adjusted(self, logits: Logits, written: Counter[int]) -> Logits:
         sampling = self._sampling
-        penalised = (sampling.presence_penalty or sampling.frequency_penalty) and self._written
+        penalised = (sampling.presence_penalty or sampling.frequency_penalty) and written
         if not sampling.bias and not penalised:
             return logits
         adjusted = logits.copy()
@@ -66,11 +117,63 @@ class Sampler:
             if 0 <= token < len(adjusted):
                 adjusted[token] += np.float32(bias)
         if penalised:
-            tokens = np.fromiter(self._written.keys(), np.int64)
-            counts = np.fromiter(self._written.values(), np.float32)
+            tokens = np.fromiter(written.keys(), np.int64)
+            counts = np.fromiter(written.values(), np.float32)
             drop = sampling.presence_penalty + sampling.frequency_penalty * counts
             adjusted[tokens] -= drop.astype(np.float32)
         return adjusted
+
+    @property
+    def written(self) -> Counter[int]:
+        """How often each token was chosen so far; a copy."""
+        return self._written.copy()
+
+
+class Drafter:
+    """Proposes one token after the other, as if each had been taken."""
+
+    def __init__(self, sampler: Sampler, random: np.random.Generator) -> None:
+        self.sampler = sampler
+        self._random = random
+        self._written = sampler.written
+
+    def propose(self, logits: Logits) -> Draft:
+        draft = self.sampler.propose(logits, self._written, self._random)
+        self._written[draft.token] += 1
+        return draft
+
+
+def _drawn(
+    tokens: NDArray[np.int64], weights: NDArray[np.float64], random: np.random.Generator
+) -> int:
+    sums = np.cumsum(weights)
+    place = int(np.searchsorted(sums, random.random() * sums[-1], side="right"))
+    return int(tokens[min(place, len(tokens) - 1)])
+
+
+def _verified(
+    tokens: NDArray[np.int64],
+    weights: NDArray[np.float64],
+    draft: Draft,
+    random: np.random.Generator,
+) -> int:
+    """The draft, or a draw from what the candidates have beyond the draft's own."""
+    shares = weights / weights.sum()
+    theirs = _at(draft.tokens, draft.shares, tokens)
+    p = _at(tokens, shares, np.array([draft.token]))[0]
+    q = _at(draft.tokens, draft.shares, np.array([draft.token]))[0]
+    if random.random() * q < p:
+        return draft.token
+    rest = np.maximum(shares - theirs, 0.0)
+    return _drawn(tokens, rest, random) if rest.any() else draft.token
+
+
+def _at(
+    tokens: NDArray[np.int64], shares: NDArray[np.float64], wanted: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """The shares of the `wanted` tokens, 0 of those that are not among `tokens` (ascending)."""
+    places = np.minimum(np.searchsorted(tokens, wanted), len(tokens) - 1)
+    return np.where(tokens[places] == wanted, shares[places], 0.0)
 
 
 def candidates(logits: Logits, sampling: Sampling) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -121,6 +224,12 @@ def log_probabilities(logits: Logits) -> NDArray[np.float64]:
     """The model's own log-probabilities, before bias, penalties and temperature: (n_vocab,)."""
     shifted = logits.astype(np.float64) - float(logits.max())
     return shifted - np.log(np.exp(shifted).sum())
+
+
+def probability(logits: Logits, token: int) -> float:
+    """Of one token, by the softmax of the logits (n_vocab,)."""
+    above = np.minimum(logits - logits[token], np.float32(700.0))
+    return float(1.0 / np.exp(above).sum(dtype=np.float64))
 
 
 def top(values: NDArray[np.float64], count: int) -> list[int]:

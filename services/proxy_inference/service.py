@@ -3,13 +3,15 @@
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 from services.proxy_inference.config import Settings
 from services.proxy_inference.metrics import Metrics
 from services.proxy_inference.pool import Held, Pool
-from services.proxy_inference.requests import Refusal
+from services.proxy_inference.requests import Mode, Refusal
 from services.proxy_inference.running import Piece, Run
 from services.proxy_inference.shelf import Shelf
+from services.proxy_inference.speaking import Speaker
 from services.proxy_inference.swapping import Swapper
 from services.proxy_inference.versions import BASE, Pin, UnknownVersion, Version, Versions
 from services.proxy_inference.worker import Ticket, Worker
@@ -23,6 +25,20 @@ WEDGED_S = 60.0
 RETRY_S = 1
 
 log = get("proxy")
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How a request is answered: by whom, and with how long a prompt and answer at most."""
+
+    mode: Mode
+    alpha: float
+    """0 where nothing is steered."""
+    speaker: Speaker
+    limit: int
+    prompt: list[int]
+    """What a prompt ends with: a soft prompt's rows."""
+    fingerprint: str
 
 
 class Proxy:
@@ -99,6 +115,40 @@ class Proxy:
         async with self.pool.lent(held):
             yield held
 
+    def way(self, held: Held, mode: Mode | None, alpha: float | None) -> Way:
+        """Who answers a request that asks for `mode` and `alpha`; None: it does not say.
+
+        Raises:
+            Refusal: the version cannot be asked so.
+        """
+        if mode is None:
+            mode = "ensemble" if alpha is not None else self._usual(held)
+        elif mode != "ensemble" and alpha is not None:
+            raise Refusal(
+                400, f"proxy_alpha is the ensemble's; mode {mode!r} has none", param="proxy_alpha"
+            )
+        small, ensemble, large = held.generation, held.ensemble, self.pool.large
+        if mode == "small":
+            return Way(mode, 0.0, small, small.limit, small.prompt, held.fingerprint)
+        if ensemble is None or large is None or (mode == "ensemble" and not ensemble.steers):
+            raise Refusal(
+                400, f"{held.name}: {held.alone}", param="proxy_mode", code="mode_not_served"
+            )
+        fingerprint = f"{held.fingerprint}-large-{large.digest[:12]}"
+        if mode == "large":
+            return Way(mode, 0.0, ensemble, ensemble.limit, [], fingerprint)
+        strength = self.settings.alpha if alpha is None else alpha
+        return Way(
+            mode, strength, ensemble, ensemble.limit, [], f"{fingerprint}-alpha-{strength:g}"
+        )
+
+    def _usual(self, held: Held) -> Mode:
+        """What answers where nobody says what should."""
+        wanted = self.settings.mode or "ensemble"
+        if held.ensemble is None or (wanted == "ensemble" and not held.ensemble.steers):
+            return "small"
+        return wanted
+
     def spec_of(self, held: Held) -> JobSpec | None:
         """What a generation is asked by; the base model, to compare, by the job that serves."""
         if held.version is None and self.pool.default is not None:
@@ -124,9 +174,9 @@ class Proxy:
 
     @asynccontextmanager
     async def running(
-        self, held: Held, runs: Sequence[Run]
+        self, speaker: Speaker, runs: Sequence[Run]
     ) -> AsyncGenerator[AsyncGenerator[tuple[int, Piece], None], None]:
-        """The runs' pieces, each with its run's index, until all have ended; `held` is lent.
+        """The runs' pieces, each with its run's index, until all have ended; the speaker is lent.
 
         What has not ended when this is left is cancelled.
         """
@@ -136,13 +186,13 @@ class Proxy:
         pieces = _pieces(queue, tickets)
         try:
             for ticket in tickets.values():
-                self._worker.submit(held.generation, ticket)
+                self._worker.submit(speaker, ticket)
             yield pieces
         finally:
             self._tickets -= len(runs)
             await pieces.aclose()
             for ticket in tickets.values():
-                self._worker.cancel(held.generation, ticket)
+                self._worker.cancel(speaker, ticket)
 
     async def rollback(self, round: int | None) -> Pin:
         """The version to serve is pinned; it serves as soon as it is loaded.

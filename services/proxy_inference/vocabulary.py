@@ -32,17 +32,11 @@ class Detokenizer(Vocabulary):
             self._pieces[token] = buffer.raw[:size]
         return self._pieces[token]
 
-    def text(self, token: int) -> str:
-        """The token as the vocabulary spells it."""
-        return bytes(native.llama_vocab_get_text(self._vocabulary, token) or b"").decode(
-            errors="replace"
-        )
-
     def shown(self, token: int) -> str:
         """The token for who reads log-probabilities; what is no text alone is spelled in bytes."""
         data = self.bytes_of(token)
         if not data:
-            return self.text(token)
+            return self.spelling(token)
         try:
             return data.decode()
         except UnicodeDecodeError:

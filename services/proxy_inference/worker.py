@@ -1,4 +1,4 @@
-"""The one thread that steps llama.cpp: every generation with work, one pass each, in turn.
+"""The one thread that steps llama.cpp: every speaker with work, one pass each, in turn.
 
 The event loop hands it tickets and takes their pieces; nothing else crosses over.
 """
@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from services.proxy_inference.batching import Schedule, Sequence, Share
-from services.proxy_inference.generation import BATCH_TOKENS, Generation
 from services.proxy_inference.running import Piece, Run
+from services.proxy_inference.speaking import BATCH_TOKENS, Heard, Settled, Speaker
 from shared.errors import EngineError
 from shared.logs import get
 
@@ -32,7 +32,7 @@ class Ticket:
 
 @dataclass(eq=False)
 class _Desk:
-    generation: Generation
+    speaker: Speaker
     schedule: Schedule
     tickets: dict[Sequence, Ticket] = field(default_factory=dict[Sequence, Ticket])
 
@@ -51,14 +51,14 @@ class Counts:
 
 
 class Worker:
-    """Steps generations until it is stopped."""
+    """Steps speakers until it is stopped."""
 
     def __init__(self) -> None:
         self.counts = Counts()
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done when the thread has ended; failed if a bug ended it."""
         self._loop = asyncio.get_running_loop()
-        self._desks: dict[Generation, _Desk] = {}
+        self._desks: dict[Speaker, _Desk] = {}
         self._orders: deque[Callable[[], None]] = deque()
         self._some = threading.Condition()
         self._stopping = False
@@ -73,43 +73,43 @@ class Worker:
         began = self._pass_began
         return time.monotonic() - began if began else 0.0
 
-    def attach(self, generation: Generation) -> None:
-        """The generation may be submitted to."""
+    def attach(self, speaker: Speaker) -> None:
+        """The speaker may be submitted to."""
         schedule = Schedule(
-            lanes=generation.room.lanes,
-            cells=generation.room.cells,
+            lanes=speaker.room.lanes,
+            cells=speaker.room.cells,
             batch_tokens=BATCH_TOKENS,
-            most_reads=generation.most_reads,
+            most_reads=speaker.most_reads,
         )
-        desk = _Desk(generation, schedule)
-        self._order(lambda: self._desks.__setitem__(generation, desk))
+        desk = _Desk(speaker, schedule)
+        self._order(lambda: self._desks.__setitem__(speaker, desk))
 
-    async def detach(self, generation: Generation) -> None:
-        """The generation is not stepped any more, and may be closed; it has no tickets."""
+    async def detach(self, speaker: Speaker) -> None:
+        """The speaker is not stepped any more, and may be closed; it has no tickets."""
         gone: asyncio.Future[None] = self._loop.create_future()
 
         def take_away() -> None:
-            self._desks.pop(generation)
+            self._desks.pop(speaker)
             self._loop.call_soon_threadsafe(_set, gone)
 
         self._order(take_away)
         await asyncio.wait({gone, self.ended}, return_when=asyncio.FIRST_COMPLETED)
 
-    def submit(self, generation: Generation, ticket: Ticket) -> None:
+    def submit(self, speaker: Speaker, ticket: Ticket) -> None:
         """The ticket's pieces will come, the last with a `finish`."""
 
         def take() -> None:
-            desk = self._desks[generation]
+            desk = self._desks[speaker]
             desk.tickets[ticket.run.sequence] = ticket
             desk.schedule.add(ticket.run.sequence)
 
         self._order(take)
 
-    def cancel(self, generation: Generation, ticket: Ticket) -> None:
+    def cancel(self, speaker: Speaker, ticket: Ticket) -> None:
         """No more is computed for the ticket; one that is over is no error."""
 
         def drop() -> None:
-            desk = self._desks.get(generation)
+            desk = self._desks.get(speaker)
             if desk is not None and desk.tickets.pop(ticket.run.sequence, None) is not None:
                 desk.schedule.end(ticket.run.sequence)
 
@@ -157,13 +157,14 @@ class Worker:
         return not self._stopping
 
     def _step(self, desk: _Desk) -> None:
-        """One pass of one generation; its pieces are on their way."""
+        """One pass of one speaker; its pieces are on their way."""
         plan = desk.schedule.next()
         if not plan.shares:
             return
+        runs = {sequence: ticket.run for sequence, ticket in desk.tickets.items()}
         self._pass_began = time.monotonic()
         try:
-            logits = desk.generation.decode(plan)
+            heard = desk.speaker.speak(plan, desk.schedule, runs)
         except EngineError as error:
             self._failed(desk, plan.shares, str(error))
             return
@@ -171,30 +172,39 @@ class Worker:
             self._pass_began = 0.0
         self.counts.passes += 1
         self.counts.tokens += plan.size
-        desk.schedule.done(plan)
         told: list[tuple[Ticket, Piece]] = []
-        poisoned = False
-        row = 0
-        for share in plan.shares:
-            rows = logits[row : row + share.reads]
-            row += share.reads
-            if not share.reads:
-                continue
-            ticket = desk.tickets[share.sequence]
-            if np.isfinite(rows.max(axis=1)).all():
-                piece = ticket.run.take(rows)
-            else:  # the largest of a row with a NaN is NaN
-                poisoned = True
-                piece = Piece(finish="error", error="the model's answer is not finite")
-                self.counts.not_finite += 1
+        settled: list[Settled] = []
+        for one in heard:
+            piece = self._taken(desk, one, settled)
             if piece is not None:
-                told.append((ticket, piece))
-                if piece.finish:
-                    self._end(desk, share.sequence)
-        if poisoned:
-            desk.generation.clear()
+                told.append((desk.tickets[one.share.sequence], piece))
+        desk.speaker.settle(settled)
+        for ticket, piece in told:
+            if piece.finish:
+                self._end(desk, ticket.run.sequence)
+        if any(piece.finish == "error" for _, piece in told):
+            desk.speaker.clear()
             desk.schedule.reset()
         self._deliver(told)
+
+    def _taken(self, desk: _Desk, heard: Heard, settled: list[Settled]) -> Piece | None:
+        """The sequence has used what was heard, and the schedule knows what of it stays."""
+        sequence, before = heard.share.sequence, len(heard.share.sequence.tokens)
+        piece: Piece | None = None
+        taken = 0
+        if heard.share.reads:
+            if np.isfinite(heard.logits.max(axis=1)).all():
+                piece = desk.tickets[sequence].run.take(heard.logits, heard.drafts)
+            else:  # the largest of a row with a NaN is NaN
+                piece = Piece(finish="error", error="the model's answer is not finite")
+                self.counts.not_finite += 1
+            while taken < len(heard.drafts) and sequence.tokens[before + taken :][:1] == [
+                heard.drafts[taken].token
+            ]:
+                taken += 1
+            settled.append(Settled(heard, taken, bool(piece and piece.finish)))
+        desk.schedule.fed(heard.share, heard.share.count - len(heard.drafts) + taken)
+        return piece
 
     def _failed(self, desk: _Desk, shares: list[Share], why: str) -> None:
         """Those whose pass failed are told; the others begin again in an empty cache."""
@@ -203,7 +213,7 @@ class Worker:
         tickets = [desk.tickets[share.sequence] for share in shares]
         for ticket in tickets:
             self._end(desk, ticket.run.sequence)
-        desk.generation.clear()
+        desk.speaker.clear()
         desk.schedule.reset()
         self._deliver([(ticket, Piece(finish="error", error=why)) for ticket in tickets])
 

@@ -6,7 +6,7 @@ batch longer than the context was made for; the context here holds the longest e
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -118,7 +118,7 @@ class Vocabulary:
     def _controls(self) -> re.Pattern[str]:
         kinds = native.LLAMA_TOKEN_ATTR_CONTROL | native.LLAMA_TOKEN_ATTR_UNKNOWN
         spelled = {
-            self._spelling(token)
+            self.spelling(token)
             for token in range(self.size)
             if native.llama_vocab_get_attr(self._vocabulary, token) & kinds
         }
@@ -134,10 +134,11 @@ class Vocabulary:
         from shared.engine.chat import ChatTemplate
 
         text = self._template.decode(errors="replace") if self._template else None
-        bos, eos = self._spelling(self._start), self._spelling(self.end)
+        bos, eos = self.spelling(self._start), self.spelling(self.end)
         return ChatTemplate(text, bos, eos, starts=self._starts)
 
-    def _spelling(self, token: int) -> str:
+    def spelling(self, token: int) -> str:
+        """The token as the vocabulary spells it; nothing where there is none (-1)."""
         if token < 0:
             return ""
         return native.llama_vocab_get_text(self._vocabulary, token).decode(errors="replace")
@@ -205,6 +206,14 @@ class LlamaModel(Vocabulary):
         self._diverged = not np.isfinite(loss).all()
         weight = np.array([len(example.targets) for example in examples], np.int64)
         return Losses(loss, weight, wrong == 0)
+
+    def logits(self, examples: Sequence[Example]) -> Iterator[scoring.Logits]:
+        """The logits where `examples` are read, in order and a batch at a time: (m, n_vocab).
+
+        Each is valid until the next is asked for.
+        """
+        for batch in self._lay_out(examples):
+            yield self._forward(batch)
 
     def sites(self, examples: Sequence[Example]) -> list[Sites]:
         found: list[Sites] = []

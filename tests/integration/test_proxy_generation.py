@@ -10,9 +10,10 @@ import pytest
 from numpy.typing import NDArray
 
 from services.proxy_inference.batching import Plan, Schedule, Sequence
-from services.proxy_inference.generation import BATCH_TOKENS, Generation, Room, Weights
+from services.proxy_inference.generation import Generation, Weights
 from services.proxy_inference.running import Choice
 from services.proxy_inference.shelf import ModelFile
+from services.proxy_inference.speaking import BATCH_TOKENS, Heard, Room, parted
 from services.proxy_inference.worker import Ticket, Worker
 from shared.errors import EngineError
 from tests.support import tiny_gguf
@@ -100,13 +101,16 @@ class Broken:
     def __init__(self) -> None:
         self.passes = 0
 
-    def decode(self, plan: Plan) -> NDArray[np.float32]:
+    def speak(self, plan: Plan, schedule: Schedule, runs: object) -> list[Heard]:
         self.passes += 1
         if self.passes == 2:
             raise EngineError("no memory")
         if self.passes == 4:
             raise RuntimeError("a bug")
-        return np.ones((sum(share.reads for share in plan.shares), 8), np.float32)
+        reads = sum(share.reads for share in plan.shares)
+        return parted(plan.shares, np.ones((reads, 8), np.float32))
+
+    def settle(self, settled: object) -> None: ...
 
     def clear(self) -> None: ...
 

@@ -1,0 +1,272 @@
+"""The large model, the tuned small one and its base, stepped as one (proxy-tuning, FedPT).
+
+All three caches hold the same tokens in the same lanes; lanes whose sequence is not steered are
+in the large model's alone. The tuned model drafts while that pays, the other two read the drafts in
+one pass each, and what is not taken is cut from all three caches before the next pass.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from services.proxy_inference.batching import Plan, Schedule, Sequence, Share
+from services.proxy_inference.ensemble.combining import divergence, steer
+from services.proxy_inference.ensemble.costs import Curve
+from services.proxy_inference.ensemble.counts import Counts
+from services.proxy_inference.ensemble.drafting import (
+    MOST_DRAFTS,
+    Acceptance,
+    Prices,
+    Rate,
+    worth,
+)
+from services.proxy_inference.generation import Generation
+from services.proxy_inference.running import Run
+from services.proxy_inference.sampling import Draft, Drafter
+from services.proxy_inference.speaking import Heard, Room, Settled, parted
+
+Rows = NDArray[np.float32]
+
+_SIZES = (1, 2, 3, 5, 9)
+"""Of the passes that are timed before anyone is served."""
+_TRIALS = 5
+_TRIALS_S = 0.5
+_EVERY = 16
+"""Divergences are measured every so many passes."""
+
+
+@dataclass(eq=False, slots=True)
+class _Line:
+    """One steered sequence in a pass."""
+
+    share: Share
+    most: int = 0
+    drafter: Drafter | None = None
+    rows: list[Rows] = field(default_factory=list[Rows])
+    """Of the tuned model, by its passes."""
+    drafts: list[Draft] = field(default_factory=list[Draft])
+    dropped: Draft | None = None
+    chance: float = 1.0
+    """That all drafts are taken."""
+
+
+class _Timed:
+    """A model with its cost curve."""
+
+    def __init__(self, generation: Generation) -> None:
+        self.generation = generation
+        self.curve = Curve()
+        for size in _SIZES:
+            began, trials = time.perf_counter(), 0
+            while trials < _TRIALS and (not trials or time.perf_counter() - began < _TRIALS_S):
+                schedule = Schedule(lanes=1, cells=size, batch_tokens=size, most_reads=size)
+                end = max(generation.weights.vocabulary.end, 0)
+                schedule.add(Sequence([end] * size, read_from=0))
+                self.decode(schedule.next())
+                generation.clear()
+                trials += 1
+
+    def decode(self, plan: Plan) -> Rows:
+        began = time.perf_counter()
+        rows = self.generation.decode(plan)
+        if plan.shares:
+            self.curve.measured(plan.size, time.perf_counter() - began)
+        return rows
+
+
+class Ensemble:
+    """One version over the large model; it owns the three generations."""
+
+    def __init__(
+        self,
+        large: Generation,
+        tuned: Generation | None,
+        base: Generation | None,
+        counts: Counts,
+        *,
+        speculates: bool,
+    ) -> None:
+        """Without small models nothing is steered."""
+        self.room: Room = large.room
+        self.limit = min(one.limit for one in (large, tuned, base) if one is not None)
+        self.most_reads = large.most_reads
+        self._large = _Timed(large)
+        self._tuned = _Timed(tuned) if tuned else None
+        self._base = _Timed(base) if base else None
+        self._counts = counts
+        self._speculates = speculates
+        self._acceptance = {True: Acceptance(), False: Acceptance()}
+        """Of answers that take the likeliest token, and of others."""
+        self._rate = Rate()
+        self._began = 0.0
+        self._lines: dict[Sequence, _Line] = {}
+        self._only_writing = False
+        """Whether the present pass has nobody's prompt in it: what it costs is its tokens'."""
+
+    @property
+    def steers(self) -> bool:
+        return self._tuned is not None
+
+    def speak(self, plan: Plan, schedule: Schedule, runs: Mapping[Sequence, Run]) -> list[Heard]:
+        self._began = time.perf_counter()
+        self._lines = {}
+        tuned, base = self._tuned, self._base
+        steered = [share for share in plan.shares if share.sequence.alpha]
+        if not steered or tuned is None or base is None:
+            for small in filter(None, (tuned, base)):
+                small.generation.decode(Plan(plan.edits))
+            return parted(plan.shares, self._large.decode(plan))
+        lines = self._admitted(steered, plan, schedule, runs)
+        self._lines = {line.share.sequence: line for line in lines}
+        self._only_writing = all(line.drafter for line in lines) and steered == plan.shares
+        rows = tuned.decode(Plan(plan.edits, steered))
+        for line, heard in zip(lines, parted(steered, rows), strict=True):
+            line.rows.append(heard.logits.copy())
+        try:
+            self._draft(tuned, plan.size, lines)
+            verified = {line.share: _with_drafts(line) for line in lines}
+            shares = [verified.get(share, share) for share in plan.shares]
+            large = parted(shares, self._large.decode(Plan(plan.edits, shares)))
+            small = base.decode(Plan(plan.edits, [verified[share] for share in steered]))
+        finally:
+            for line in lines:
+                if line.drafts:
+                    del line.share.sequence.tokens[-len(line.drafts) :]
+        return self._steered(large, small)
+
+    def settle(self, settled: list[Settled]) -> None:
+        written = 0
+        for each in settled:
+            line = self._lines.get(each.heard.share.sequence)
+            if line is None or line.drafter is None:
+                continue
+            written += each.taken + 1
+            acceptance = self._acceptance[line.drafter.sampler.greedy]
+            for place, draft in enumerate(line.drafts):
+                if place > each.taken or (place == each.taken and each.ended):
+                    break
+                self._counts.drafted[place] += 1
+                self._counts.taken[place] += place < each.taken
+                acceptance.learn(draft.sure, float(place < each.taken))
+            self._counts.rollbacks += each.taken < len(line.drafts)
+        if written and self._only_writing:
+            seconds = time.perf_counter() - self._began
+            self._rate.passed(seconds, written)
+            self._counts.seconds += seconds
+            self._counts.tokens += written
+
+    def clear(self) -> None:
+        for one in self._generations:
+            one.clear()
+
+    def close(self) -> None:
+        for one in self._generations:
+            one.close()
+
+    @property
+    def _generations(self) -> list[Generation]:
+        return [one.generation for one in (self._large, self._tuned, self._base) if one]
+
+    def _admitted(
+        self, steered: list[Share], plan: Plan, schedule: Schedule, runs: Mapping[Sequence, Run]
+    ) -> list[_Line]:
+        """A line for each steered sequence; those that write have somebody to draft for them."""
+        lines = [_Line(share) for share in steered]
+        writing = [line for line in lines if line.share.count == line.share.reads == 1]
+        for line in writing:
+            run = runs[line.share.sequence]
+            line.drafter = run.drafter()
+            line.most = min(MOST_DRAFTS, run.left - 1)
+        wanted = sum(max(line.most, 0) for line in writing)
+        spare = schedule.spare(wanted, plan) if self._speculates and wanted else 0
+        for line in writing:
+            line.most = max(min(line.most, spare // len(writing)), 0)
+        return lines
+
+    def _draft(self, tuned: _Timed, size: int, lines: list[_Line]) -> None:
+        """The tuned model writes ahead, each sequence as far as it pays."""
+        active = [line for line in lines if line.drafter is not None and line.most]
+        while active:
+            prices = self._prices(size + sum(len(line.drafts) for line in lines), len(active))
+            active = [line for line in active if self._drafted(line, prices)]
+            if not active:
+                return
+            ahead = [Share(line.share.sequence, 1, 1, skip=len(line.drafts)) for line in active]
+            rows = tuned.decode(Plan([], ahead)).copy()
+            for place, line in enumerate(active):
+                line.rows.append(rows[place : place + 1])
+
+    def _drafted(self, line: _Line, prices: Prices) -> bool:
+        """Whether the line has a draft more."""
+        row = line.rows[-1][-1]
+        if line.drafter is None or len(line.drafts) >= line.most or not np.isfinite(row.max()):
+            return False
+        draft = line.drafter.propose(row)
+        acceptance = self._acceptance[line.drafter.sampler.greedy]
+        chance = line.chance * acceptance.chance(draft.sure)
+        if not worth(chance, acceptance.mean, prices):
+            line.dropped = draft
+            return False
+        line.chance = chance
+        line.drafts.append(draft)
+        line.share.sequence.tokens.append(draft.token)
+        return True
+
+    def _prices(self, size: int, writing: int) -> Prices:
+        """Of the next drafts of one of `writing` sequences, if the others draft as much."""
+        assert self._tuned is not None
+        assert self._base is not None
+        ahead = self._tuned.curve.seconds(writing) / writing
+        large, base = self._large.curve, self._base.curve
+        drafts = [
+            (large.seconds(size + j * writing) + base.seconds(size + j * writing)) / writing
+            + j * ahead
+            for j in range(4)
+        ]
+        return Prices(drafts, self._rate.token or drafts[0] + ahead)
+
+    def _steered(self, large: list[Heard], base: Rows) -> list[Heard]:
+        self._counts.passes += 1
+        watched = self._counts.passes % _EVERY == 0
+        found: list[Heard] = []
+        at = 0
+        for heard in large:
+            line = self._lines.get(heard.share.sequence)
+            if line is None:
+                found.append(heard)
+                continue
+            tuned = np.concatenate(line.rows)
+            reads = heard.share.reads
+            if reads:
+                alone = heard.logits[0].copy() if watched else None
+                alpha = np.full((reads, 1), line.share.sequence.alpha, np.float32)
+                steer(heard.logits, tuned, base[at : at + reads], alpha)
+                at += reads
+                if alone is not None:
+                    self._watch(heard.logits[0], alone, tuned[0])
+                    watched = False
+                self._learn_dropped(line, heard.logits[-1])
+            found.append(Heard(heard.share, heard.logits, tuple(line.drafts)))
+        return found
+
+    def _learn_dropped(self, line: _Line, logits: Rows) -> None:
+        """What was not sent teaches as well: that drafting pays again would never be noticed."""
+        if line.dropped is not None and line.drafter is not None and np.isfinite(logits.max()):
+            sampler = line.drafter.sampler
+            taken = sampler.chance(logits, line.dropped)
+            self._acceptance[sampler.greedy].learn(line.dropped.sure, taken)
+
+    def _watch(self, logits: Rows, large: Rows, tuned: Rows) -> None:
+        if all(np.isfinite(row.max()) for row in (logits, large, tuned)):
+            self._counts.divergences += 1
+            self._counts.from_large += divergence(logits, large)
+            self._counts.from_tuned += divergence(logits, tuned)
+
+
+def _with_drafts(line: _Line) -> Share:
+    more = len(line.drafts)
+    return Share(line.share.sequence, line.share.count + more, line.share.reads + more)
+

@@ -1,0 +1,64 @@
+"""The large model in this process, and ensembles over it."""
+
+from services.proxy_inference.ensemble.counts import Counts
+from services.proxy_inference.ensemble.ensemble import Ensemble
+from services.proxy_inference.generation import Generation, Weights
+from services.proxy_inference.shelf import ModelFile
+from services.proxy_inference.speaking import Room
+from shared.adapter import Adapter
+from shared.engine.agreement import disagreement
+from shared.errors import EngineError
+
+
+class Large:
+    """A GGUF file in memory, which small models may steer."""
+
+    def __init__(self, file: ModelFile, counts: Counts, *, speculates: bool) -> None:
+        """Raises EngineError for a file that cannot be served."""
+        self.name = file.path.name
+        self.digest = file.digest
+        self.counts = counts
+        self._weights = Weights(file, tuned=False)
+        self._speculates = speculates
+
+    def check(self, small: Weights) -> None:
+        """Raises EngineError where the two models' tokens do not mean the same."""
+        why = disagreement(small.vocabulary, self._weights.vocabulary)
+        if why:
+            raise EngineError(
+                f"{self._weights.path} cannot be steered by {small.path}: their tokenizers differ: "
+                f"{why}; use a large model of the same family"
+            )
+
+    def over(
+        self, small: Weights, adapter: Adapter | None, anchor: Adapter | None, room: Room
+    ) -> Ensemble:
+        """The large model, steered by `adapter` over `small`, where there is one.
+
+        `anchor` is what of the adapter is no evidence of the fleet's: it is in the base as well.
+
+        Raises:
+            EngineError: they do not go together, or there is no memory.
+        """
+        self.check(small)
+        opened: list[Generation] = []
+        try:
+            opened.append(Generation(self._weights, None, room))
+            if adapter is not None:
+                opened.append(Generation(small, adapter, room))
+                if opened[1].prompt:
+                    raise EngineError(
+                        "a version with a soft prompt steers no large model: its tokens have other "
+                        "places"
+                    )
+                opened.append(Generation(small, anchor, room))
+            large, tuned, base = [*opened, None, None][:3]
+            assert large is not None
+            return Ensemble(large, tuned, base, self.counts, speculates=self._speculates)
+        except EngineError:
+            for generation in opened:
+                generation.close()
+            raise
+
+    def close(self) -> None:
+        self._weights.close()
