@@ -6,8 +6,11 @@ llama.cpp ends the process on a batch longer than the context was made for: that
 """
 
 import ctypes
+import math
 import threading
+import time
 from collections.abc import Mapping
+from collections.abc import Sequence as Several
 from typing import Any
 
 import numpy as np
@@ -38,8 +41,17 @@ from shared.engine.soft_prompt import Inputs
 from shared.errors import EngineError
 
 _FINAL_STATE = b"result_norm"
+_MOST_SCORES_BYTES = 1 << 28
+"""Up to so much memory for attention's scores, attention is computed whole and not by `flash`:
+on CPUs that reads a long prompt at 0.6 of the speed, and writes eight answers at almost twice."""
 _MOST_LOGITS = 1 << 24
 """Of one pass: 64 MB."""
+_MOST_FILLED = 16
+"""Passes of fewer tokens may be filled up to what costs less."""
+_SHORT_S = 0.02
+"""And where one token takes less: a large model's time goes into reading its weights."""
+_TRIALS = 6
+_GAIN = 0.9
 
 _adapters = threading.Lock()
 """A model keeps a list of its adapters; two threads must not change it at once."""
@@ -94,8 +106,13 @@ class Generation:
         adaptation = _adaptation(adapter) if adapter else None
         if adaptation:
             check_fit(weights.path, weights.header, adaptation, 0)
-        self._context: Any = self._open_context(watched=bool(adaptation and adaptation.blocks))
-        self._batch = _Batch(BATCH_TOKENS)
+        rows = adaptation is not None and any(
+            block.kind == "output_rows" for block in adaptation.blocks
+        )
+        self._context: Any = self._open_context(watched=rows)
+        self._batch = _Batch(BATCH_TOKENS, room.lanes)
+        self._fillings = range(_MOST_FILLED + 1)
+        """To how many tokens a pass of so many is filled up."""
         if adapter and adaptation and len(adaptation.prompt_tokens):
             self._ask_softly(adaptation, adapter.values())
         try:
@@ -114,10 +131,10 @@ class Generation:
         Raises:
             EngineError: llama.cpp failed; the cache is in no known state.
         """
-        size = self._batch.fill(plan)
+        size = self._batch.fill(plan, self._fillings)
         assert size <= BATCH_TOKENS, f"a pass of {size} tokens would abort the process"
         self._edit(plan)
-        if not size:
+        if not plan.shares:
             return np.empty((0, self.weights.vocabulary.size), np.float32)
         reads = sum(share.reads for share in plan.shares)
         self._watching = bool(reads) and len(self._rows) > 0
@@ -178,28 +195,56 @@ class Generation:
         inputs = Inputs(Embeddings(self.weights.path, self.weights.header), adaptation)
         inputs.set(values)
         self.prompt = inputs.prompt.tolist()
-        self._batch = _Batch(BATCH_TOKENS, inputs)
+        self._batch = _Batch(BATCH_TOKENS, self.room.lanes, inputs)
 
     def _try(self) -> None:
         """One token, so that a version that cannot speak is refused before it serves anyone."""
-        schedule = Schedule(lanes=1, cells=8, batch_tokens=8, most_reads=1)
-        schedule.add(Sequence([max(self.weights.vocabulary.end, 0)]))
-        logits = self.decode(schedule.next())
+        logits = self.decode(self.trial(1))
         finite = bool(np.isfinite(logits).all())
         self.clear()
         if not finite:
             raise EngineError("the model's answers are not finite with this adapter")
+        self._fillings = self._measured_fillings()
+
+    def trial(self, size: int) -> Plan:
+        """A pass of `size` tokens, all of them read, into an empty cache."""
+        schedule = Schedule(lanes=1, cells=size, batch_tokens=size, most_reads=size)
+        schedule.add(Sequence([max(self.weights.vocabulary.end, 0)] * size, read_from=0))
+        return schedule.next()
+
+    def _measured_fillings(self) -> Several[int]:
+        """llama.cpp's kernels are made for some widths: one or three tokens may cost more than four
+        do. A context that is narrower than a filled pass is left alone."""
+        sizes = range(1, min(_MOST_FILLED, self.room.cells) + 1)
+        seconds = dict.fromkeys(sizes, math.inf)
+        for _ in range(_TRIALS):
+            for size in sizes:
+                began = time.perf_counter()
+                self.decode(self.trial(size))
+                seconds[size] = min(seconds[size], time.perf_counter() - began)
+                self.clear()
+                if seconds[1] > _SHORT_S:
+                    return self._fillings
+        found = [0, *sizes]
+        for size in sizes:
+            best = min(range(size, len(sizes) + 1), key=lambda one: seconds[one])
+            if seconds[best] < _GAIN * seconds[size]:
+                found[size] = best
+        return found
 
     def _open_context(self, *, watched: bool) -> Any:
         wanted = native.llama_context_default_params()
-        wanted.n_ctx = self.room.cells
+        wanted.n_ctx = self.room.cells + _MOST_FILLED
         wanted.n_batch = wanted.n_ubatch = BATCH_TOKENS
-        wanted.n_seq_max = self.room.lanes
+        wanted.n_seq_max = self.room.lanes + 1  # one more, for what fills a pass up
         wanted.n_threads = wanted.n_threads_batch = self.room.threads
         wanted.kv_unified = True
         wanted.swa_full = True  # so that a prefix can be cut back where layers see a window
         wanted.op_offload = False
         wanted.no_perf = True
+        heads = int(native.llama_model_n_head(self.weights.model))
+        if 4 * heads * BATCH_TOKENS * self.room.cells <= _MOST_SCORES_BYTES:
+            wanted.flash_attn_type = native.LLAMA_FLASH_ATTN_TYPE_DISABLED
         if watched:
             wanted.cb_eval = self._evaluated
         context = native.llama_init_from_model(self.weights.model, wanted)
@@ -212,6 +257,7 @@ class Generation:
 
     def _edit(self, plan: Plan) -> None:
         memory = native.llama_get_memory(self._context)
+        native.llama_memory_seq_rm(memory, self.room.lanes, -1, -1)
         for edit in plan.edits:
             if isinstance(edit, Forget):
                 if not native.llama_memory_seq_rm(memory, edit.lane, edit.start, -1):
@@ -233,8 +279,12 @@ class Generation:
 class _Batch:
     """The arrays of llama.cpp's batch, made once."""
 
-    def __init__(self, most: int, inputs: Inputs | None = None) -> None:
-        """With `inputs` their embeddings are sent in place of the tokens."""
+    def __init__(self, most: int, spare: int, inputs: Inputs | None = None) -> None:
+        """With `inputs` their embeddings are sent in place of the tokens.
+
+        What fills a pass up goes to lane `spare`.
+        """
+        self._spare = spare
         self._inputs = inputs
         self._embeddings = np.empty((0, 0), np.float32)
         self._tokens = np.zeros(most, np.int32)
@@ -251,7 +301,7 @@ class _Batch:
         self.sent.seq_id = pointer(self._places, ctypes.POINTER(ctypes.c_int32))
         self.sent.logits = pointer(self._read, ctypes.c_int8)
 
-    def fill(self, plan: Plan) -> int:
+    def fill(self, plan: Plan, fillings: Several[int]) -> int:
         """The batch holds the plan's tokens; how many there are (too many are not written)."""
         size = plan.size
         if size > len(self._tokens):
@@ -267,6 +317,13 @@ class _Batch:
             self._read[at:end] = 0
             self._read[end - share.reads : end] = 1
             at = end
+        if size < len(fillings) and fillings[size] > size:
+            more = slice(size, fillings[size])
+            self._tokens[more] = 0
+            self._positions[more] = range(fillings[size] - size)
+            self._lanes[more] = self._spare
+            self._read[more] = 0
+            size = fillings[size]
         self.sent.n_tokens = size
         if self._inputs is not None:
             self._embeddings = self._inputs.of(self._tokens[:size])

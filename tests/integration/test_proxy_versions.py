@@ -143,7 +143,8 @@ async def test_the_numbers_are_those_that_the_devices_tune_by(
     engine = LlamaEngine().open(str(model), adaptation, 1, 64)
     numbers = adapter.values()
     examples = [Example(np.array(t[:-1], np.int32), np.array(t[1:], np.int32)) for t in shown]
-    assert losses == pytest.approx(measured(engine, adaptation, numbers, examples), abs=2e-3)
+    # The engine's attention is computed by `flash`, which rounds otherwise; the proxy's is not.
+    assert losses == pytest.approx(measured(engine, adaptation, numbers, examples), rel=3e-4)
 
     choices = choice_tokens(task, engine)
     engine.choose_among(choices)

@@ -30,12 +30,16 @@ from services.proxy_inference.speaking import Heard, Room, Settled, parted
 
 Rows = NDArray[np.float32]
 
-_SIZES = (1, 2, 3, 5, 9)
-"""Of the passes that are timed before anyone is served."""
-_TRIALS = 5
-_TRIALS_S = 0.5
+_SIZES = (1, 2, 4, 8, 3, 6, 16, 5, 12, 7, 10)
+"""Of the passes that are timed before anyone is served, as far as the time lets it."""
+_LEAST_SIZES = 3
+_TRIALS = 6
+_TRIALS_S = 1.5
 _EVERY = 16
 """Divergences are measured every so many passes."""
+_TRY_EVERY = 64
+"""And so often something is drafted that does not seem to pay: what it costs may have changed."""
+_TRIED = 3
 
 
 @dataclass(eq=False, slots=True)
@@ -59,15 +63,6 @@ class _Timed:
     def __init__(self, generation: Generation) -> None:
         self.generation = generation
         self.curve = Curve()
-        for size in _SIZES:
-            began, trials = time.perf_counter(), 0
-            while trials < _TRIALS and (not trials or time.perf_counter() - began < _TRIALS_S):
-                schedule = Schedule(lanes=1, cells=size, batch_tokens=size, most_reads=size)
-                end = max(generation.weights.vocabulary.end, 0)
-                schedule.add(Sequence([end] * size, read_from=0))
-                self.decode(schedule.next())
-                generation.clear()
-                trials += 1
 
     def decode(self, plan: Plan) -> Rows:
         began = time.perf_counter()
@@ -75,6 +70,23 @@ class _Timed:
         if plan.shares:
             self.curve.measured(plan.size, time.perf_counter() - began)
         return rows
+
+
+def _try(models: list[_Timed]) -> None:
+    """The curves' trials. The models take turns, as in service: each finds the processor's caches
+    full of another's weights."""
+    began = time.perf_counter()
+    for turn in range(_TRIALS):
+        for number, size in enumerate(_SIZES):
+            if time.perf_counter() - began > _TRIALS_S and (turn or number >= _LEAST_SIZES):
+                return
+            for model in models:
+                generation = model.generation
+                plan = generation.trial(min(size, generation.room.cells))
+                start = time.perf_counter()
+                generation.decode(plan)
+                model.curve.tried(plan.size, time.perf_counter() - start)
+                generation.clear()
 
 
 class Ensemble:
@@ -96,6 +108,7 @@ class Ensemble:
         self._large = _Timed(large)
         self._tuned = _Timed(tuned) if tuned else None
         self._base = _Timed(base) if base else None
+        _try([one for one in (self._large, self._tuned, self._base) if one])
         self._counts = counts
         self._speculates = speculates
         self._acceptance = {True: Acceptance(), False: Acceptance()}
@@ -189,25 +202,29 @@ class Ensemble:
     def _draft(self, tuned: _Timed, size: int, lines: list[_Line]) -> None:
         """The tuned model writes ahead, each sequence as far as it pays."""
         active = [line for line in lines if line.drafter is not None and line.most]
-        while active:
+        if not active:
+            return
+        turn, rest = divmod(self._counts.passes, _TRY_EVERY)
+        tried = 0 if rest else 1 + turn % _TRIED
+        for ahead in range(MOST_DRAFTS):
             prices = self._prices(size + sum(len(line.drafts) for line in lines), len(active))
-            active = [line for line in active if self._drafted(line, prices)]
+            active = [line for line in active if self._drafted(line, prices, sure=ahead < tried)]
             if not active:
                 return
-            ahead = [Share(line.share.sequence, 1, 1, skip=len(line.drafts)) for line in active]
-            rows = tuned.decode(Plan([], ahead)).copy()
+            shares = [Share(line.share.sequence, 1, 1, skip=len(line.drafts)) for line in active]
+            rows = tuned.decode(Plan([], shares)).copy()
             for place, line in enumerate(active):
                 line.rows.append(rows[place : place + 1])
 
-    def _drafted(self, line: _Line, prices: Prices) -> bool:
-        """Whether the line has a draft more."""
+    def _drafted(self, line: _Line, prices: Prices, *, sure: bool) -> bool:
+        """Whether the line has a draft more; `sure`: one that does not pay will do."""
         row = line.rows[-1][-1]
         if line.drafter is None or len(line.drafts) >= line.most or not np.isfinite(row.max()):
             return False
         draft = line.drafter.propose(row)
         acceptance = self._acceptance[line.drafter.sampler.greedy]
         chance = line.chance * acceptance.chance(draft.sure)
-        if not worth(chance, acceptance.mean, prices):
+        if not sure and not worth(chance, acceptance.mean, prices):
             line.dropped = draft
             return False
         line.chance = chance
@@ -269,4 +286,3 @@ class Ensemble:
 def _with_drafts(line: _Line) -> Share:
     more = len(line.drafts)
     return Share(line.share.sequence, line.share.count + more, line.share.reads + more)
-
