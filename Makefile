@@ -38,7 +38,7 @@ fmt: setup             ## format and mend what can be mended
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: setup           ## figures as JSON lines: NAME=wire, edge, close, fold, serve, install, recovery, away, herd, crowd, late, learn
+bench: setup           ## figures as JSON lines: NAME=wire, edge, close, fold, serve, install, recovery, away, herd, crowd, late, learn, proxy
 	@$(BIN)/python -m tests.bench $(NAME)
 
 chaos: setup           ## seeded schedules of failures; a printed seed repeats one

@@ -195,11 +195,17 @@ class Following:
         self._replica.doing = "reading the log"
         after = start.sequence if start else opening.sequence
         tail = await history.tail(device.streams, self.job, after, device.link, device.clock)
-        if start is None:
-            if tail.entries and isinstance(tail.entries[-1].event, JobEnded):
-                self._end()  # nothing is left to be done for it
-                return
-            await self._replica.open(opening.opened.spec, opening.epoch, opening.sequence)
+        if start is None and tail.entries and isinstance(tail.entries[-1].event, JobEnded):
+            self._end()  # nothing is left to be done for it
+            return
+        # What the log has before the newest epoch need not be read.
+        stood = start.epoch if start else opening.epoch.epoch
+        newest = await history.newest_epoch(device.streams, self.job, stood, tail)
+        if newest is None and start is None:
+            newest = opening
+        if newest is not None:
+            await self._replica.open(opening.opened.spec, newest.epoch, newest.sequence)
+            after = newest.sequence
         before = self._replica.round
         snapshot = self._preferred(tail, troubles)
         restored = snapshot is not None and await self._replica.restore(snapshot, tail.after)

@@ -28,12 +28,18 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class Opening:
+class Epoch:
+    """An epoch, and where it was opened."""
+
+    epoch: EpochOpened
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class Opening(Epoch):
     """The first facts of a job."""
 
     opened: JobOpened
-    epoch: EpochOpened
-    sequence: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +88,28 @@ async def opening(streams: Streams, job: str) -> Opening:
                 case JobOpened():
                     opened = entry.event
                 case EpochOpened() if opened is not None:
-                    return Opening(opened, entry.event, entry.sequence)
+                    return Opening(entry.event, entry.sequence, opened)
                 case _:
                     pass
     raise EngineError(f"job {job} has no beginning in the log: was the broker's store emptied?")
+
+
+async def newest_epoch(streams: Streams, job: str, epoch: int, found: Tail) -> Epoch | None:
+    """The newest epoch, if it is one after `epoch` and the log's end tells of it.
+
+    Raises:
+        TransientError: the broker did not answer.
+    """
+    opened = [entry for entry in found.entries if isinstance(entry.event, EpochOpened)]
+    snapshot = found.snapshot
+    if not opened and snapshot is not None and snapshot.epoch_sequence:
+        place = snapshot.epoch_sequence
+        async with aclosing(entries(streams, job, place - 1, place)) as one:
+            opened = [entry async for entry in one]
+    for entry in opened[-1:]:
+        if isinstance(entry.event, EpochOpened) and entry.event.epoch > epoch:
+            return Epoch(entry.event, entry.sequence)
+    return None
 
 
 async def tail(streams: Streams, job: str, after: int, link: Link, clock: Clock) -> Tail:

@@ -29,7 +29,7 @@ from shared.engine.protocol import (
 )
 from shared.errors import EngineError, TransientError
 from shared.logs import get
-from shared.messages import EpochOpened, JobSpec, ModelPublished, RoundClosed
+from shared.messages import BlobRef, EpochOpened, JobSpec, ModelPublished, RoundClosed
 from shared.metrics import Counters
 
 log = get("replica")
@@ -102,12 +102,13 @@ class Replica:
         return await self._device.engine.ask(request, expected, life=self._life)
 
     async def open(self, spec: JobSpec, epoch: EpochOpened, sequence: int) -> None:
-        """The engine holds the job at theta = 0 of `epoch`.
+        """The engine holds the job where `epoch` starts: at theta = 0, or at its snapshot.
 
         Raises:
             EngineError: data, model or manifest cannot be used.
-            TransientError: the model cannot be had now.
-            DigestMismatch: theta = 0 is not what the log says.
+            TransientError: the model, or the snapshot, cannot be had now.
+            DigestMismatch: the start is not what the log says.
+            OSError: the disk would not take the snapshot.
         """
         device = self._device
         self.doing = "finding the model"
@@ -129,7 +130,14 @@ class Replica:
         opened = await device.engine.ask(request, Opened, life=life)
         self._life = life
         device.opened(opened)
-        self._stand(sequence, epoch.epoch, Standing(round=0, digest=opened.digest), epoch.digest)
+        standing = Standing(round=0, digest=opened.digest)
+        if epoch.start is not None:
+            try:
+                standing = await self._restored(epoch.start)
+            except TransientError:
+                self.lose()  # it stands where the log never was
+                raise
+        self._stand(sequence, epoch.epoch, standing, epoch.digest)
         log.info("job_opened", job=self._job, epoch=epoch.epoch, rows=opened.rows, model=model.name)
 
     async def restore(self, snapshot: ModelPublished, sequence: int) -> bool:
@@ -140,20 +148,13 @@ class Replica:
             DigestMismatch: it is not what the log says.
             OSError: the disk would not take it.
         """
-        device = self._device
-        self.doing = "fetching a snapshot"
-        path = device.state_dir / "snapshots" / f"{self._job}.snapshot"
-        began = device.clock.now()
         try:
-            await blobs.fetch(device.streams, snapshot.snapshot, path)
+            standing = await self._restored(snapshot.snapshot)
         except TransientError as error:
             log.warning("snapshot_not_fetched", job=self._job, why=str(error))
             return False
-        device.link.moved(snapshot.snapshot.size_bytes, device.clock.now() - began)
-        standing = await self.ask(Restore(job=self._job, path=str(path)), Standing)
-        _remove(path)
         self._stand(sequence, snapshot.epoch, standing, snapshot.digest)
-        device.counters.add("catch_up_snapshots")
+        self._device.counters.add("catch_up_snapshots")
         return True
 
     async def apply(self, closed: RoundClosed, sequence: int) -> None:
@@ -183,6 +184,18 @@ class Replica:
             except EngineError as error:
                 log.warning("close_failed", job=self._job, why=str(error))
         self.lose()
+
+    async def _restored(self, snapshot: BlobRef) -> Standing:
+        """Where the engine stands now that it has taken `snapshot`."""
+        device = self._device
+        self.doing = "fetching a snapshot"
+        path = device.state_dir / "snapshots" / f"{self._job}.snapshot"
+        began = device.clock.now()
+        await blobs.fetch(device.streams, snapshot, path)
+        device.link.moved(snapshot.size_bytes, device.clock.now() - began)
+        standing = await self.ask(Restore(job=self._job, path=str(path)), Standing)
+        _remove(path)
+        return standing
 
     def _stand(self, sequence: int, epoch: int, standing: Standing, digest: str) -> None:
         if standing.digest != digest:

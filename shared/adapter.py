@@ -148,6 +148,13 @@ class Adapter:
         return cls(manifest_bytes)
 
     @classmethod
+    def placed(cls, manifest_bytes: bytes, round: int, theta: NDArray[np.int32]) -> "Adapter":
+        """At `theta` (d,) int32 after `round`, without velocity."""
+        adapter = cls(manifest_bytes)
+        adapter.round, adapter.theta = round, theta.astype(np.int32)
+        return adapter
+
+    @classmethod
     def from_bytes(cls, manifest_bytes: bytes, data: bytes) -> "Adapter":
         """The adapter of a snapshot.
 
@@ -268,6 +275,11 @@ class Adapter:
         if step.min() < _INT32.min or step.max() > _INT32.max:
             raise OverflowError("theta would leave int32")
         return step.astype(np.int32), velocity
+
+
+def next_epoch(manifest: Manifest) -> Manifest:
+    """The same adapter, over the same A, in the epoch that follows."""
+    return msgspec.structs.replace(manifest, epoch=manifest.epoch + 1, a_epoch=manifest.epoch_of_a)
 
 
 def coefficients(term: Term) -> NDArray[np.int32]:

@@ -61,6 +61,9 @@ CHANNELS = {
     "jobStop": Channel(
         subjects.JOB_STOP, ("StopJob",), ("operator",), ("aggregator",), ("JobAccepted",)
     ),
+    "jobEpoch": Channel(
+        subjects.JOB_EPOCH, ("OpenEpoch",), ("operator",), ("aggregator",), ("JobAccepted",)
+    ),
     "jobList": Channel(
         subjects.JOB_LIST, ("ListJobs",), ("operator",), ("aggregator",), ("JobsListed",)
     ),

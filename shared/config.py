@@ -21,7 +21,7 @@ from shared.errors import ConfigError
 
 Settings = TypeVar("Settings", bound=msgspec.Struct)
 
-SECRETS = frozenset({"api_key", "password", "ticket", "token"})
+SECRETS = frozenset({"api_key", "large_key", "password", "ticket", "token"})
 _USER_INFO = re.compile(r"//[^/@]*@")
 _ORCHESTRATED = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_\w+)$")
 """Variables that Kubernetes sets of its own, besides NAME_PORT=tcp://..."""

@@ -43,6 +43,7 @@ BINARY: dict[str, Json] = {
     "Importance.sizes": {"x-dtype": "<i8", "x-shape": "(directions,)", "x-unit": "2^-20 nat"},
     "Importance.visits": {"x-dtype": "<i8", "x-shape": "(directions,)"},
     "SubmitJob.manifest": {"x-holds": "Manifest", "contentMediaType": MESSAGEPACK},
+    "OpenEpoch.manifest": {"x-holds": "Manifest", "contentMediaType": MESSAGEPACK},
     "EpochOpened.manifest": {"x-holds": "Manifest", "contentMediaType": MESSAGEPACK},
 }
 """What is in the bytes of each field of MessagePack type bin."""

@@ -20,6 +20,7 @@ KEY_HEADER = "Seedwire-Key"
 
 JOB_SUBMIT = f"{PREFIX}.job.submit"
 JOB_STOP = f"{PREFIX}.job.stop"
+JOB_EPOCH = f"{PREFIX}.job.epoch"
 JOB_LIST = f"{PREFIX}.job.list"
 DEVICE_LIST = f"{PREFIX}.device.list"
 ENROLL = f"{PREFIX}.enroll"

@@ -138,7 +138,7 @@ class Folding:
     def _record(self, update: SubmitUpdate) -> RoundRecord:
         key, opened = update.key, self._opened
         if opened is None:
-            raise StaleMessage(f"job {self._job} has ended")
+            raise StaleMessage(f"job {self._job} has ended, or its epoch has")
         if key.epoch > self._epoch or key.round > opened.round:
             raise InvalidUpdate(f"epoch {key.epoch}, round {key.round} has not been opened")
         record = self._rounds.get(key.round)

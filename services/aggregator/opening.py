@@ -1,19 +1,22 @@
-"""Whether a job can work at all, and the events that begin it."""
+"""Whether a job, or an epoch of it, can work at all, and the events that begin it."""
 
 from collections.abc import Sequence
 
 from services.aggregator.methods import METHODS
 from shared.adapter import Adapter
 from shared.dataset import check_task
-from shared.errors import EngineError, RejectError
+from shared.errors import EngineError, MalformedMessage, RejectError
 from shared.messages import (
     Block,
     EpochOpened,
     JobOpened,
     JobSpec,
     LogEvent,
+    Manifest,
+    OpenEpoch,
     SubmitJob,
     Task,
+    Tuning,
 )
 
 MAX_EVENT_BYTES = 900_000
@@ -38,20 +41,73 @@ def open_job(message: SubmitJob) -> list[LogEvent]:
     _check_task(message.spec.task)
     _check_sizes(message.spec, walks=method.walks)
     adapter = Adapter(message.manifest)
-    method.check(tuning, adapter.manifest)
     if adapter.manifest.epoch != 0:
         raise RejectError("a job begins with epoch 0")
-    if (tuning.momentum > 0) != (adapter.manifest.update_rule == "momentum"):
-        raise RejectError("momentum and the manifest's update_rule disagree")
-    if tuning.how == "exact" and not _may_be_closed(adapter.manifest.blocks):
-        raise RejectError(
-            "how 'exact' needs an adapter of output rows and the last block's LoRA alone; "
-            "use how 'probe'"
-        )
+    _check_adapter(tuning, adapter.manifest)
     return [
         JobOpened(job=message.job, spec=message.spec),
         EpochOpened(job=message.job, epoch=0, manifest=message.manifest, digest=adapter.digest()),
     ]
+
+
+def open_epoch(
+    message: OpenEpoch, spec: JobSpec, before: Adapter, start: bytes, anchor: bytes | None
+) -> EpochOpened:
+    """The epoch that follows the one which ended at `before`.
+
+    `start` and `anchor` are the bytes of the blobs that the message names.
+
+    Raises:
+        RejectError: the manifest cannot work, or a blob is no adapter of it; says which.
+    """
+    manifest, number = Adapter(message.manifest).manifest, before.manifest.epoch + 1
+    if manifest.epoch != number:
+        raise RejectError(f"the manifest is of epoch {manifest.epoch}, next is epoch {number}")
+    if manifest.epoch_of_a > number:
+        raise RejectError(f"a_epoch {manifest.epoch_of_a} is later than the epoch itself, {number}")
+    if manifest.architecture != before.manifest.architecture:
+        raise RejectError(
+            f"the manifest is for {manifest.architecture}, the job tunes a model of architecture"
+            f" {before.manifest.architecture}"
+        )
+    _check_adapter(spec.tuning, manifest)
+    begins = _snapshot("start", message.manifest, start)
+    if begins.round != before.round:
+        raise RejectError(
+            f"start is an adapter after round {begins.round}, the job waits after {before.round}"
+        )
+    if begins.velocity is not None and begins.velocity.any():
+        raise RejectError("start has a velocity; an epoch begins without")
+    if anchor is not None:
+        _snapshot("anchor", message.manifest, anchor)
+    return EpochOpened(
+        job=message.job,
+        epoch=number,
+        manifest=message.manifest,
+        digest=begins.digest(),
+        start=message.start,
+        anchor=message.anchor,
+        distilled=message.distilled,
+    )
+
+
+def _snapshot(name: str, manifest: bytes, data: bytes) -> Adapter:
+    try:
+        return Adapter.from_bytes(manifest, data)
+    except MalformedMessage as error:
+        raise RejectError(f"{name} is no adapter of the manifest: {error}") from error
+
+
+def _check_adapter(tuning: Tuning, manifest: Manifest) -> None:
+    """Find a manifest that the job's tuning cannot move."""
+    METHODS[tuning.method].check(tuning, manifest)
+    if (tuning.momentum > 0) != (manifest.update_rule == "momentum"):
+        raise RejectError("momentum and the manifest's update_rule disagree")
+    if tuning.how == "exact" and not _may_be_closed(manifest.blocks):
+        raise RejectError(
+            "how 'exact' needs an adapter of output rows and the last block's LoRA alone; "
+            "use how 'probe'"
+        )
 
 
 def _may_be_closed(blocks: Sequence[Block]) -> bool:

@@ -17,6 +17,7 @@ from shared.log import ensure_streams, read_patiently
 from shared.log_writer import LogWriter
 from shared.logs import get
 from shared.messages import (
+    BlobRef,
     DetailEvent,
     JobAccepted,
     JobOpened,
@@ -24,6 +25,7 @@ from shared.messages import (
     ListJobs,
     LogEvent,
     Message,
+    OpenEpoch,
     Refused,
     RoundClosed,
     RoundOpened,
@@ -110,6 +112,8 @@ class Aggregator:
         for name, job in self.jobs.items():
             if job.ended:
                 continue
+            if job.start is not None:
+                job.begin(await self._start_of(name, job.start))
             # Older rounds than these can have no latecomers any more.
             closes = counted.get(name, [])[: -EVALUATION_ROUNDS - 2]
             after = closes[-1] if closes else 0
@@ -120,6 +124,14 @@ class Aggregator:
             async with aclosing(private) as details:
                 async for sequence, detail in details:
                     job.evolve(detail, sequence)
+
+    async def _start_of(self, name: str, ref: BlobRef) -> bytes:
+        """What the epoch of a job starts with. It is in the store as long as the log is."""
+
+        async def load() -> bytes:
+            return await blobs.load(self._streams, ref)
+
+        return await patiently(load, f"start of job {name}")
 
     async def _last_detail(self, subject: str) -> int:
         async def last() -> int:
@@ -155,6 +167,8 @@ class Aggregator:
                 return await self._submit(request)
             case StopJob():
                 return await self._stop_job(request)
+            case OpenEpoch():
+                return await self._open_epoch(request)
             case ListJobs():
                 begun = [job for job in self.jobs.values() if job.begun]
                 return JobsListed(jobs=[job.summary() for job in begun[-MAX_LISTED:]])
@@ -178,10 +192,31 @@ class Aggregator:
             raise RejectError(f"no job {request.job!r} is running; see `seedwire job list`")
         async with self._turn:
             await self._go_on(job)
-            for event in job.decide_close(stop=True):
+            for event in job.decide_stop():
                 await self._commit(event)
             await settle(self._go_on(job), self.counters, what="job")
         return JobAccepted(job=request.job)
+
+    async def _open_epoch(self, request: OpenEpoch) -> Message:
+        job = self.jobs.get(request.job)
+        if job is None or job.ended or not job.begun:
+            raise RejectError(f"no job {request.job!r} is running; see `seedwire job list`")
+        start = await self._named("start", request.start)
+        anchor = request.anchor and await self._named("anchor", request.anchor)
+        async with self._turn:
+            await self._go_on(job)
+            event = job.decide_epoch(request, start, anchor)
+            await self._commit(event)
+            job.begin(start)
+            log.info("epoch_opened", job=job.job, epoch=event.epoch, digest=event.digest)
+            await settle(self._go_on(job), self.counters, what="job")
+        return JobAccepted(job=request.job)
+
+    async def _named(self, name: str, ref: BlobRef) -> bytes:
+        try:
+            return await blobs.load(self._streams, ref)
+        except TransientError as error:
+            raise RejectError(f"{name}: {error}; then ask again") from error
 
     async def _updates(self, stop: Stop) -> None:
         """Fold batches until `stop`; a batch in hand is finished."""

@@ -12,6 +12,7 @@ import msgspec
 from services.aggregator import pooling
 from services.aggregator.folding import Folding, Outcome
 from services.aggregator.methods import METHODS, Closing, Method, Past, RoundSums
+from services.aggregator.opening import open_epoch
 from services.aggregator.pooling import Pool
 from services.aggregator.roster import Counted, Roster
 from services.aggregator.rounds import Evaluated, Progress, RoundRecord, contribute, round_of
@@ -32,6 +33,7 @@ from shared.messages import (
     JobSummary,
     LogEvent,
     ModelPublished,
+    OpenEpoch,
     PoolSums,
     RoundClosed,
     RoundOpened,
@@ -54,6 +56,10 @@ class JobState:
         self.spec: JobSpec = opened.spec
         self._allowed = frozenset(opened.spec.allow_devices)
         self._theta: Adapter | None = None
+        self._manifest = b""
+        self._epoch_sequence = 0
+        self.start: BlobRef | None = None
+        """Where theta begins, as long as nobody has brought its bytes; see `begin`."""
         self._behind: list[RoundClosed] = []
         """Closes that theta has not been moved by: a replay of an ended job needs none of them."""
         self.rounds: dict[int, RoundRecord] = {}
@@ -91,9 +97,8 @@ class JobState:
         self, updates: Sequence[SubmitUpdate]
     ) -> tuple[UpdatesFolded | None, list[Outcome]]:
         """What to log for a batch of this job's updates, and what becomes of each, in order."""
-        epoch = self.adapter.manifest.epoch
         counted = sum(progress.updates for _, progress in self._together())
-        batch = Folding(self.job, epoch, self.open, self.rounds, counted, self._allowed)
+        batch = Folding(self.job, self._epoch, self.open, self.rounds, counted, self._allowed)
         outcomes: list[Outcome] = []
         for update in updates:
             try:
@@ -135,7 +140,38 @@ class JobState:
             return [self._report(self.rounds[self.round])]
         if not self.finished:
             return [self._next_round()]
-        return [self._end()] if self.published_round == self.round else []
+        if self.published_round != self.round or self.waiting:
+            return []
+        return [self._end()]
+
+    @property
+    def waiting(self) -> bool:
+        """Whether nothing but an OpenEpoch, or a StopJob, can move it on."""
+        if not self.finished or self.stopped or self.ended or self._theta is None:
+            return False
+        last = self._theta.manifest.epoch + 1 >= self.spec.epochs
+        return not last and self.published_round == self.round
+
+    def decide_stop(self) -> list[LogEvent]:
+        """The close of the open round, or the end of a job that waits."""
+        if self.waiting:
+            return [msgspec.structs.replace(self._end(), reason="stopped")]
+        return self.decide_close(stop=True)
+
+    def decide_epoch(self, request: OpenEpoch, start: bytes, anchor: bytes | None) -> EpochOpened:
+        """The next epoch; `start` and `anchor` are the bytes of the blobs that `request` names.
+
+        Raises:
+            RejectError: the job does not wait for it, or it cannot work; the text names what.
+        """
+        if not self.waiting:
+            summary = self.summary()
+            raise RejectError(
+                f"job {self.job} is {summary.status} in epoch {summary.epoch} of"
+                f" {self.spec.epochs} (counted from 0) and waits for no other; it does when the"
+                " rounds of an epoch that is not the last are done"
+            )
+        return open_epoch(request, self.spec, self.adapter, start, anchor)
 
     def decide_published(self, snapshot: BlobRef) -> ModelPublished:
         """The fact that the adapter as it stands lies in the blob store."""
@@ -146,6 +182,7 @@ class JobState:
             round=adapter.round,
             digest=adapter.digest(),
             snapshot=snapshot,
+            epoch_sequence=self._epoch_sequence,
         )
 
     @property
@@ -160,7 +197,7 @@ class JobState:
         """Apply one fact; `sequence` is its place in its stream."""
         match event:
             case EpochOpened():
-                self._theta = Adapter(event.manifest)
+                self._evolve_epoch(event, sequence)
             case RoundOpened():
                 self.open = event
                 self.round = event.round
@@ -182,7 +219,8 @@ class JobState:
                 self._evolve_folded(event, sequence)
             case RoundReport():
                 self.reported_round = max(self.reported_round, event.round)
-                self._importance = event.importance or self._importance
+                if event.epoch == self._epoch:
+                    self._importance = event.importance or self._importance
                 if event.round in self.rounds:
                     self.rounds[event.round].contributions.clear()
             case JobOpened():
@@ -191,11 +229,11 @@ class JobState:
     def summary(self) -> JobSummary:
         """What the operator is told of this job."""
         evaluated = self.evaluated
-        status = "ended" if self.ended else "finishing" if self.finished else "running"
         return JobSummary(
             job=self.job,
-            status=status,
-            epoch=0 if self._theta is None else self._theta.manifest.epoch,
+            status=self._status,
+            epoch=self._epoch,
+            epochs=self.spec.epochs,
             round=self.round,
             rounds=self.spec.tuning.rounds,
             digest=self.ended.digest if self.ended else self.adapter.digest(),
@@ -212,6 +250,18 @@ class JobState:
         record = None if self.open is None else self.rounds[self.open.round]
         return (record and record.progress) or Progress(Pool(0))
 
+    def begin(self, data: bytes) -> None:
+        """The bytes of the blob `start` are here: theta begins with them.
+
+        It is the one thing that `evolve` cannot know. A replay goes on without until its end.
+
+        Raises:
+            MalformedMessage: they are no adapter of the epoch's manifest.
+        """
+        if self._theta is not None and self.start is not None:
+            self._theta = Adapter.from_bytes(self._manifest, data)
+            self.start = None
+
     # ---- inside
 
     @property
@@ -219,14 +269,26 @@ class JobState:
         """The adapter after the last close.
 
         Raises:
-            RuntimeError: the job has no epoch; see `begun`.
+            RuntimeError: the job has no epoch (see `begun`), or not its start (see `begin`).
         """
-        if self._theta is None:
-            raise RuntimeError(f"job {self.job} has no epoch")
+        if self._theta is None or self.start is not None:
+            raise RuntimeError(f"job {self.job} has no epoch, or nobody has brought its start")
         for close in self._behind:
             self._theta.apply(close.round, close.commit)
         self._behind.clear()
         return self._theta
+
+    @property
+    def _epoch(self) -> int:
+        return 0 if self._theta is None else self._theta.manifest.epoch
+
+    @property
+    def _status(self) -> Literal["running", "finishing", "waiting", "ended"]:
+        if self.ended:
+            return "ended"
+        if self.waiting:
+            return "waiting"
+        return "finishing" if self.finished else "running"
 
     @property
     def _method(self) -> Method:
@@ -325,6 +387,16 @@ class JobState:
             reason="stopped" if self.stopped else "finished",
             digest=adapter.digest(),
         )
+
+    def _evolve_epoch(self, event: EpochOpened, sequence: int) -> None:
+        """Nothing of the epoch before is of use any more: its latecomers would move nothing."""
+        self._theta, self._manifest = Adapter(event.manifest), event.manifest
+        self._epoch_sequence, self.start = sequence, event.start
+        self._behind, self.rounds, self.carried = [], {}, []
+        self._roster.forget([])
+        self.commits = self.abandoned_in_a_row = 0
+        self.finished = self.snapshot_due = False
+        self._newest = self._importance = self._successor = None
 
     def _evolve_closed(self, event: RoundClosed) -> None:
         record = self.rounds.get(event.round)

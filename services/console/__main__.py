@@ -20,6 +20,7 @@ from services.console import (
 )
 from services.console.addresses import HOST
 from services.console.chat import chat_command
+from services.console.distil import distil
 from services.console.export.command import export
 from services.console.failure import EXIT_CONFIG, EXIT_FAILURE, EXIT_USAGE, Usage, told
 from services.console.job_commands import LOCAL, talk
@@ -49,6 +50,7 @@ app.add_typer(device_commands.commands, name="device")
 app.add_typer(keys_commands.commands, name="keys")
 app.command("export")(export)
 app.command("chat")(chat_command)
+app.command("distil")(distil)
 
 
 def _print_version(wanted: bool) -> None:
@@ -129,6 +131,14 @@ def up_command(
         int, typer.Option(min=0, max=65535, help="Where the tuned model is served; 0: a free port.")
     ] = 8080,
     serve: Annotated[bool, typer.Option(help="Serve the tuned model.")] = True,
+    large: Annotated[
+        str,
+        typer.Option(help="A large model of the same tokenizer, for the tuned one to steer: GGUF."),
+    ] = "",
+    validation: Annotated[
+        Path | None,
+        typer.Option(help="Rows by which the best of small, large and both together is found."),
+    ] = None,
     insecure: Annotated[
         bool,
         typer.Option(
@@ -152,6 +162,8 @@ def up_command(
         engine=engine,
         host=host,
         serve_port=serve_port if serve else None,
+        large=large,
+        validation=validation,
         secure=not insecure,
     )
 

@@ -34,11 +34,21 @@ def chat_command(
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="The longest answer, in tokens.")
     ] = None,
+    mode: Annotated[
+        str | None,
+        typer.Option(help="small, large or ensemble; without it, what the server finds best."),
+    ] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=10.0, help="How strongly the small model steers the large one."),
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Talk to the served model; for a job with labels, have each line labelled."""
     printer = Printer(as_json=as_json)
+    way = {"proxy_mode": mode, "proxy_alpha": alpha}
     asked: dict[str, object] = {"model": model}
+    asked |= {name: value for name, value in way.items() if value is not None}
     if temperature is not None:
         asked["temperature"] = temperature
     if max_tokens is not None:
@@ -138,7 +148,8 @@ class _Classifier:
         self._client = client
         self._printer = printer
         self._name = name
-        self._model = {"model": asked["model"]}
+        labelling = ("model", "proxy_mode", "proxy_alpha")
+        self._asked = {name: asked[name] for name in labelling if name in asked}
 
     def run(self, message: str | None) -> None:
         if message is not None:
@@ -150,7 +161,7 @@ class _Classifier:
             self._label(line)
 
     def _label(self, text: str) -> None:
-        answer = self._client.post("/v1/classify", self._model | {"text": text})
+        answer = self._client.post("/v1/classify", self._asked | {"text": text})
         self._printer.result(answer, bars(answer["probabilities"]))
 
 

@@ -114,6 +114,9 @@ async def _aggregator(bus: NatsBus) -> tuple[list[Finding], list[RunningJob]]:
     except TransientError as error:
         return [problem("aggregator", f"the job log cannot be read: {error}", START)], []
     text = f"answers; {len(jobs)} of {len(listed.jobs)} jobs are running"
+    waiting = [job.job for job in jobs if job.status == "waiting"]
+    if waiting:
+        text += f", of which {', '.join(waiting[:PROBLEMS_SHOWN])} wait for their next epoch"
     return [ok("aggregator", text)], [job for job in running if job is not None]
 
 

@@ -65,6 +65,7 @@ def submit_job(
     enough_devices: options.EnoughDevices = None,
     enough_probes: options.EnoughProbes = None,
     evaluate_every: options.EvaluateEvery = None,
+    epochs: options.Epochs = None,
     spec: options.Spec = None,
     watch_it: options.Watch = False,
     no_upload: options.NoUpload = False,
@@ -117,6 +118,7 @@ def submit_job(
     async def command() -> None:
         rows = await located(labels_from, data_set=True) if labels_from else None
         flags, file = given(rows), read_file(spec) if spec else {}
+        file |= {} if epochs is None else {"epochs": epochs}
         asked = wanted(flags, file)
 
         def otherwise(facts: Facts) -> Wanted:

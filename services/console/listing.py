@@ -44,10 +44,12 @@ def jobs_table(jobs: Sequence[JobSummary]) -> Table:
     table = Table("job", "status", "round", "held-out loss", "accuracy", "adapter")
     for job in jobs:
         status = f"{job.status} ({job.reason})" if job.reason else job.status
+        if job.epochs > 1:
+            status += f", epoch {job.epoch + 1} of {job.epochs}"
         table.add_row(
             job.job,
             status,
-            f"{min(job.round, job.rounds)}/{job.rounds}",
+            f"{min(job.round, job.rounds)}/{job.rounds}" if not job.epoch else str(job.round),
             "-" if job.loss is None else f"{job.loss:.4f}",
             "-" if job.accuracy is None else f"{job.accuracy:.1%}",
             job.digest[:DIGEST_SHOWN],

@@ -256,6 +256,15 @@ EnoughProbes = Annotated[
         rich_help_panel=PACE,
     ),
 ]
+Epochs = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="After its rounds the job waits for `seedwire distil` to open the next epoch, until "
+        "there were so many (1).",
+        rich_help_panel=PACE,
+    ),
+]
 EvaluateEvery = Annotated[
     int | None,
     typer.Option(

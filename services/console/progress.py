@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from shared.messages import (
     AdapterEvaluated,
+    Distilled,
+    EpochOpened,
     JobEnded,
     JobOpened,
     LogEvent,
@@ -38,12 +40,19 @@ class Progress:
 
     job: str
     rounds: int = 0
+    epoch: int = 0
+    epochs: int = 1
+    distilled: Distilled | None = None
     round: int = 0
     closed: int = 0
+    closed_before: int = 0
+    """In the epochs before this one."""
     abandoned: int = 0
     updates: int = 0
     devices: int = 0
     reason: str = ""
+    is_open: bool = False
+    """Whether a round is."""
     has_answers: bool = True
     """Whether the task has right answers, so that an accuracy means something."""
     final: bool = False
@@ -70,10 +79,14 @@ class Progress:
         """Take in one fact of the job's log."""
         match event:
             case JobOpened():
-                self.rounds = event.spec.tuning.rounds
+                self.rounds, self.epochs = event.spec.tuning.rounds, event.spec.epochs
                 self.has_answers = event.spec.task.loss != "tokens"
+            case EpochOpened():
+                self.epoch, self.distilled = event.epoch, event.distilled
+                self.closed_before = self.closed
             case RoundOpened():
                 self.round, self.final = event.round, event.kind == "evaluate"
+                self.is_open = True
             case RoundClosed():
                 self._close(event)
             case AdapterEvaluated():
@@ -84,6 +97,26 @@ class Progress:
                 self.ended = event
             case _:
                 pass
+
+    @property
+    def waits(self) -> bool:
+        """Whether the rounds of an epoch that is not the last are done and published."""
+        if self.ended is not None or self.epoch + 1 >= self.epochs or self.published is None:
+            return False
+        done = self.closed - self.closed_before >= self.rounds
+        return done and not self.is_open and self.published.round == self.round
+
+    def epoch_line(self) -> str:
+        """What the epoch that has just begun starts with."""
+        made = self.distilled
+        if made is None:
+            return f"epoch {self.epoch} begins"
+        losses = [("held-out loss", made.held_out_loss_before, made.held_out_loss_after)]
+        losses.append(("ensemble's loss", made.ensemble_loss_before, made.ensemble_loss_after))
+        before, after = made.teacher_entropy_before, made.teacher_entropy_after
+        losses.append(("teacher's entropy", before, after))
+        told = [f"{name} {_number(old)} -> {_number(new)}" for name, old, new in losses]
+        return f"epoch {self.epoch} begins distilled: {', '.join(told)}"
 
     def curve(self) -> tuple[str, list[float]]:
         """What tells best how well the job goes, by name, and its values so far."""
@@ -110,6 +143,8 @@ class Progress:
     def summary(self) -> list[tuple[str, str]]:
         """What came of it, as rows of a table."""
         rows = [("rounds closed", f"{self.closed}" + self._abandoned())]
+        if self.epochs > 1:
+            rows.insert(0, ("epochs", f"{self.epoch + 1} of {self.epochs}"))
         if self.ended is not None:
             rows.insert(0, ("ended", self.ended.reason))
         rows.append(("updates counted", str(self.updates)))
@@ -128,7 +163,7 @@ class Progress:
         return rows
 
     def _close(self, event: RoundClosed) -> None:
-        self.round, self.devices = event.round, event.devices
+        self.round, self.devices, self.is_open = event.round, event.devices, False
         self.reason = "more on the same batch" if event.more else event.reason
         self.news, self._measured = self._measured, False
         self.updates += event.updates + event.late

@@ -30,6 +30,25 @@ def list_versions(url: Url = URL, as_json: options.Json = False) -> None:
     _ask(url, work, as_json=as_json)
 
 
+@commands.command("routes")
+def list_routes(url: Url = URL, as_json: options.Json = False) -> None:
+    """Show what each mode came to on the validation rows, and which one answers."""
+    printer = Printer(as_json=as_json)
+
+    def work(client: ProxyClient) -> None:
+        answer = client.get("/v1/seedwire/routes")
+        printer.result(answer, _routes(answer))
+        by = "by --mode" if answer["set_by_operator"] else "where a request does not say"
+        alpha = "" if answer["alpha"] is None else f" at alpha {answer['alpha']:g}"
+        printer.remark(f"{answer['serving']}: {answer['mode']}{alpha} answers, {by}")
+        if answer["measuring"]:
+            printer.remark(f"measuring {answer['measuring']}")
+        if answer["problem"]:
+            printer.remark(f"not measured: {answer['problem']}")
+
+    _ask(url, work, as_json=as_json)
+
+
 @commands.command("rollback")
 def roll_back(
     url: Url = URL,
@@ -71,6 +90,21 @@ def _ask(url: str, work: Callable[[ProxyClient], None], *, as_json: bool) -> Non
 
 def _now(answer: dict[str, Any]) -> str:
     return f"{answer['serving']} serves ({answer['system_fingerprint']})"
+
+
+def _routes(answer: dict[str, Any]) -> Table:
+    table = Table("version", "mode", "alpha", "loss", "accuracy", "gain", "")
+    for name, measured in answer["versions"].items():
+        for line in measured["routes"]:
+            gain = f"{_number(line['gain'], 4)} ± {_number(line['standard_error'], 4)}"
+            shown = [_number(line["loss"], 4), _number(line["accuracy"], 3), gain]
+            alpha = "" if line["alpha"] is None else f"{line['alpha']:g}"
+            table.add_row(name, line["mode"], alpha, *shown, "best" if line["best"] else "")
+    return table
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "not finite" if value is None else f"{value:.{digits}f}"
 
 
 def _table(answer: dict[str, Any]) -> Table:

@@ -56,6 +56,10 @@ class Plan:
     """Where the broker listens; devices elsewhere need more than this machine's own address."""
     serve_port: int | None = None
     """Where the tuned model is served; None: nowhere."""
+    large: str = ""
+    """What the served model steers: a GGUF file or a server's address; empty: nothing."""
+    validation: Path | None = None
+    """Rows that tell whether it should."""
     secure: bool = True
     """Whether everybody proves who they are, under TLS."""
 
@@ -74,6 +78,10 @@ class Plan:
             raise ConfigError(f"--heldout: there is no file {self.heldout}")
         if self.heldout and not self.devices:
             raise ConfigError("--heldout belongs to the first --device; name one")
+        if self.serve_port is None and (self.large or self.validation):
+            raise ConfigError("--large and --validation are for serving: leave out --no-serve")
+        if self.validation and not self.validation.exists():
+            raise ConfigError(f"--validation: there is no file {self.validation}")
         if not self.secure and self.host != HOST:
             raise ConfigError(f"--insecure lets in whoever comes: it is for --host {HOST} alone")
 
@@ -101,7 +109,10 @@ class Plan:
         if ports.serve is not None:
             home = ["--state-dir", str(state / "proxy")]
             where = ["--host", HOST, "--port", str(ports.serve)]
-            found.append(service("proxy_inference", *where, *home))
+            more = ["--large", self.large] if self.large else []
+            if self.validation is not None:
+                more += ["--validation", str(self.validation.resolve())]
+            found.append(service("proxy_inference", *where, *home, *more))
         return found
 
     def device(self, name: str, fleet: Access, ticket_text: str) -> Program:

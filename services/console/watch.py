@@ -25,7 +25,7 @@ from shared.codec import decode
 from shared.errors import MalformedMessage, TransientError
 from shared.jetstream_api import NoResponders
 from shared.log import follow
-from shared.messages import DecisionMade, JobsListed, ListJobs, LogEvent, RoundClosed
+from shared.messages import DecisionMade, EpochOpened, JobsListed, ListJobs, LogEvent, RoundClosed
 
 CHECK_S = 5.0
 QUIET_S = 8.0
@@ -101,8 +101,11 @@ class Board:
         if isinstance(event, RoundClosed):
             self.remark = ""
         progress = self._progress
+        if isinstance(event, EpochOpened) and event.epoch:
+            self.remark = progress.epoch_line()
         total, line = progress.rounds or None, progress.line()
-        self._bar.update(self._task, completed=progress.closed, total=total, line=line)
+        done = progress.closed - progress.closed_before
+        self._bar.update(self._task, completed=done, total=total, line=line)
 
     def tell(self, text: str) -> None:
         """Show `text` until the next round closes."""
@@ -155,6 +158,8 @@ async def _take(
 def _print_round(event: LogEvent, progress: Progress, printer: Printer) -> None:
     if isinstance(event, RoundClosed):
         printer.remark(f"{progress.job} {progress.close_line()}")
+    elif isinstance(event, EpochOpened) and event.epoch:
+        printer.remark(f"{progress.job} {progress.epoch_line()}")
 
 
 async def _hear(bus: Bus, waiting: Waiting) -> None:
@@ -172,7 +177,15 @@ async def _explain(bus: Bus, progress: Progress, waiting: Waiting, tell: Tell) -
     said: object = None
     while True:
         await asyncio.sleep(QUIET_S)
-        if progress.untouched:
+        if progress.waits:
+            if said != progress.epoch:
+                tell(
+                    f"epoch {progress.epoch} is done, and the job waits for the next: `seedwire "
+                    f"distil {progress.job}` opens it, `seedwire job stop {progress.job}` ends "
+                    "the job"
+                )
+                said = progress.epoch
+        elif progress.untouched:
             why = await _why_quiet(bus, progress.job)
             if why != said and progress.untouched:
                 tell(f"no device has sent anything yet: {why}")

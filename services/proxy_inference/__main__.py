@@ -16,10 +16,12 @@ from services.proxy_inference.generation import Weights
 from services.proxy_inference.http import Server
 from services.proxy_inference.models import Models
 from services.proxy_inference.pool import Pool
+from services.proxy_inference.remote.host import RemoteHost, hosted
 from services.proxy_inference.service import Proxy
 from services.proxy_inference.shelf import ModelFile, Shelf
 from services.proxy_inference.speaking import Room
 from services.proxy_inference.swapping import Swapper
+from services.proxy_inference.validating import Validator, check_readable
 from services.proxy_inference.versions import Versions
 from services.proxy_inference.worker import Worker
 from shared.errors import ConfigError, EngineError
@@ -37,15 +39,27 @@ CLOSING_S = 4.0
 async def serve(settings: Settings, stop: Stop) -> None:
     shelf = Shelf(settings.state_dir)
     models = await Models.at(shelf, settings.model)
+    await asyncio.to_thread(check_readable, settings.validation)
+    async with _large(settings, shelf, models) as large:
+        await _serve(settings, stop, shelf, models, large)
+
+
+async def _serve(
+    settings: Settings,
+    stop: Stop,
+    shelf: Shelf,
+    models: Models,
+    large: Large | RemoteHost | None,
+) -> None:
     versions = Versions(settings.job, pin=shelf.pin())
-    large = await _large(settings, shelf, models)
     worker = Worker()
-    pool = Pool(worker, _room(settings), large)
+    waiter = Worker() if isinstance(large, RemoteHost) else worker
+    pool = Pool(worker, _room(settings), large, waiter)
     swapper = Swapper(versions, shelf, models, pool, settings.keep_versions)
     await swapper.restore()
     proxy = Proxy(settings, worker, pool, versions, swapper, shelf)
     async with asyncio.TaskGroup() as tasks:
-        working = tasks.create_task(_alive(worker))
+        working = [tasks.create_task(_alive(one)) for one in {worker, waiter}]
         attendants = [
             tasks.create_task(pool.run()),
             tasks.create_task(swapper.run()),
@@ -53,13 +67,18 @@ async def serve(settings: Settings, stop: Stop) -> None:
                 follow(list(settings.servers), settings.credentials, versions, swapper)
             ),
         ]
+        if settings.validation:
+            attendants.append(tasks.create_task(Validator(proxy, settings.validation).run()))
         async with serving(proxy):
             await stop.wait()
             await proxy.drained(settings.drain_s)
         for attendant in attendants:
             attendant.cancel()
-        worker.stop()
-        await working
+        if isinstance(large, RemoteHost):
+            large.stop()
+        for one in (worker, waiter):
+            one.stop()
+        await asyncio.wait(working)
     await pool.close()
 
 
@@ -82,10 +101,23 @@ async def serving(proxy: Proxy) -> AsyncGenerator[int]:
         yield taken
 
 
-async def _large(settings: Settings, shelf: Shelf, models: Models) -> Large | None:
+@asynccontextmanager
+async def _large(
+    settings: Settings, shelf: Shelf, models: Models
+) -> AsyncGenerator[Large | RemoteHost | None]:
     """Raises ConfigError where the large model cannot be had, or not go with --model."""
-    if not settings.large:
-        return None
+    if settings.large.startswith(("http://", "https://")):
+        at_once = max(settings.sequences, 16)
+        name, key = settings.large_name, settings.large_key
+        async with hosted(settings.large, name=name, key=key, at_once=at_once) as host:
+            if models.own is not None:
+                await asyncio.to_thread(_compared, host, models.own)
+            yield host
+        return
+    yield await _loaded(settings, shelf, models) if settings.large else None
+
+
+async def _loaded(settings: Settings, shelf: Shelf, models: Models) -> Large:
     try:
         file = await asyncio.to_thread(shelf.file, settings.large)
     except OSError as error:
@@ -107,6 +139,17 @@ def _opened(file: ModelFile, small: ModelFile | None, speculates: bool) -> Large
         finally:
             weights.close()
     return large
+
+
+def _compared(host: RemoteHost, file: ModelFile) -> None:
+    """Raises ConfigError where the server's model cannot be steered by the small one."""
+    weights = Weights(file)
+    try:
+        host.check(weights)
+    except EngineError as error:
+        raise ConfigError(str(error)) from error
+    finally:
+        weights.close()
 
 
 async def _alive(worker: Worker) -> None:

@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 
+from services.proxy_inference.remote.doubt import Doubt
+
 
 class Sequence:
     """One text that is being read or written.
@@ -18,7 +20,7 @@ class Sequence:
     every position from `read_from` on.
     """
 
-    __slots__ = ("alpha", "fed", "lane", "read_from", "reused", "tokens")
+    __slots__ = ("alpha", "doubt", "fed", "lane", "read_from", "reused", "tokens")
 
     def __init__(
         self, prompt: Tokens[int], *, read_from: int | None = None, alpha: float = 0.0
@@ -36,6 +38,8 @@ class Sequence:
         self.reused = 0
         """Tokens of the prompt that were in the cache already."""
         self.lane: Lane | None = None
+        self.doubt: Doubt | None = None
+        """What of the answer is not exact, where a large model is asked elsewhere."""
 
     @property
     def pending(self) -> int:
@@ -98,15 +102,25 @@ class Plan:
 class Schedule:
     """Sequences that wait and run, and what the cache holds."""
 
-    def __init__(self, *, lanes: int, cells: int, batch_tokens: int, most_reads: int) -> None:
-        """`cells`: tokens in the cache. A pass has at most `batch_tokens` tokens and reads at most
-        `most_reads` rows, but one row of each running sequence always."""
+    def __init__(
+        self,
+        *,
+        lanes: int,
+        cells: int,
+        batch_tokens: int,
+        most_reads: int,
+        idle_cells: int | None = None,
+    ) -> None:
+        """`cells`: tokens in the cache, of them at most `idle_cells` for lanes that nobody uses. A
+        pass has at most `batch_tokens` tokens and reads at most `most_reads` rows, but one row of
+        each running sequence always."""
         self.lanes = [Lane(number) for number in range(lanes)]
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         """In the order they came."""
         self.preempted = 0
         self._cells = cells
+        self._idle_cells = cells if idle_cells is None else idle_cells
         self._batch_tokens = batch_tokens
         self._most_reads = max(most_reads, lanes)
         self._pass = 0
@@ -142,6 +156,7 @@ class Schedule:
         self._pass += 1
         plan = Plan()
         self._admit(plan)
+        self._thin_out(plan)
         while self.running:
             self._make_room(plan)
             self._share(plan)
@@ -218,6 +233,15 @@ class Schedule:
         sequence.lane, sequence.fed = mine, len(mine.held)
         sequence.reused = max(sequence.reused, sequence.fed)
         self.running.append(sequence)
+
+    def _thin_out(self, plan: Plan) -> None:
+        """Idle lanes hold no more than they may; who was used last stays longest."""
+        idle = [lane for lane in self.lanes if lane.sequence is None and lane.held]
+        kept = 0
+        for lane in sorted(idle, key=lambda lane: -lane.used):
+            kept += len(lane.held)
+            if kept > self._idle_cells:
+                self._empty(lane, plan)
 
     def _make_room(self, plan: Plan) -> None:
         """Every sequence that needs but one token has room for it."""

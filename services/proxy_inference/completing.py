@@ -17,6 +17,8 @@ from services.proxy_inference import answers
 from services.proxy_inference.answers import ChatForm, CompletionForm, Form, Head, Json
 from services.proxy_inference.batching import Sequence
 from services.proxy_inference.pool import Held
+from services.proxy_inference.remote.doubt import shown
+from services.proxy_inference.remote.ensemble import RemoteEnsemble
 from services.proxy_inference.requests import (
     ChatRequest,
     ClassifyRequest,
@@ -168,16 +170,16 @@ class Completing:
             async with self._proxy.running(way.speaker, [run]) as pieces:
                 _, piece = await anext(pieces)
             _check(piece)
-            shown = _classified(list(task.labels), piece.scores)
-            shown |= {"model": held.name, "system_fingerprint": way.fingerprint}
-            return json_response(shown | self._told(way))
+            found = _classified(list(task.labels), piece.scores)
+            found |= {"model": held.name, "system_fingerprint": way.fingerprint}
+            return json_response(found | self._told(way, [run]))
 
     async def _answer(self, request: web.Request, asked: Asked) -> web.StreamResponse:
         self._proxy.admit(len(asked.runs))
         began = time.monotonic()
         try:
             async with self._proxy.running(asked.way.speaker, asked.runs) as pieces:
-                timed = self._timed(pieces, began)
+                timed = self._timed(asked, pieces, began)
                 if asked.stream:
                     return await _streamed(request, asked, timed)
                 return await _gathered(asked, timed)
@@ -198,9 +200,18 @@ class Completing:
                 "told as text: leave out echo",
                 param="echo",
             )
+        pushed = isinstance(way.speaker, RemoteEnsemble) and not way.speaker.pulls
+        if pushed and wanted.marks is not None:
+            raise Refusal(
+                400,
+                "the large model's server tells no log-probabilities: leave out logprobs, or ask "
+                "with proxy_mode small",
+                param="logprobs",
+            )
         prompts = [[*prompt, *way.prompt] for prompt in wanted.prompts]
         for prompt in prompts:
             _check_length(way, prompt, "messages" if isinstance(request, ChatRequest) else "prompt")
+            _check_sent(way, prompt)
             left = way.limit - len(prompt)
             reads = 0 if wanted.echo and wanted.marks is not None else None
             for _ in range(request.n or 1):
@@ -220,7 +231,7 @@ class Completing:
             int(time.time()),
             held.name,
             way.fingerprint,
-            self._told(way),
+            self._told(way, []),
         )
         return Asked(
             way,
@@ -232,20 +243,25 @@ class Completing:
             bool(request.stream_options and request.stream_options.include_usage),
         )
 
-    def _told(self, way: Way) -> Json:
-        """What an answer says of how it was made, where there is more than one way."""
+    def _told(self, way: Way, runs: list[Answer] | list[Choice]) -> Json:
+        """What answers say of how they were made, where there is more than one way."""
         if self._proxy.pool.large is None:
             return {}
-        return {"proxy": {"mode": way.mode, "alpha": way.alpha, "exact": True}}
+        told: Json = {"mode": way.mode, "alpha": way.alpha, "exact": True}
+        if isinstance(way.speaker, RemoteEnsemble):
+            doubts = [run.sequence.doubt for run in runs if run.sequence.doubt is not None]
+            told |= shown(doubts, pulled=way.speaker.pulls)
+        return {"proxy": told}
 
     async def _timed(
-        self, pieces: AsyncGenerator[tuple[int, Piece], None], began: float
+        self, asked: Asked, pieces: AsyncGenerator[tuple[int, Piece], None], began: float
     ) -> AsyncGenerator[tuple[int, Piece], None]:
         first = True
         async for index, piece in pieces:
             if first:
                 self._proxy.metrics.first_token_s.observe(time.monotonic() - began)
                 first = False
+            asked.head.also.update(self._told(asked.way, asked.runs))
             yield index, piece
 
     def _count(self, asked: Asked, seconds: float) -> None:
@@ -317,6 +333,15 @@ def _check_length(way: Way, prompt: list[int], param: str) -> None:
             param=param,
             code="context_length_exceeded",
         )
+
+
+def _check_sent(way: Way, prompt: list[int]) -> None:
+    """Raises Refusal for what a large model elsewhere would take for another prompt."""
+    if isinstance(way.speaker, RemoteEnsemble):
+        try:
+            way.speaker.check(prompt)
+        except EngineError as error:
+            raise Refusal(400, str(error), param="prompt") from error
 
 
 def _check(piece: Piece) -> None:

@@ -23,8 +23,15 @@ class Settings(HttpSettings, frozen=True):
     ] = ""
     large: Annotated[
         str,
-        Meta(description="A large model's GGUF file, which the tuned small one steers; none: no."),
+        Meta(
+            description="A large model, which the tuned small one steers: a GGUF file, or the "
+            "address of an OpenAI-compatible server, http://HOST:PORT/v1; none: no."
+        ),
     ] = ""
+    large_name: Annotated[
+        str, Meta(description="What that server calls the model, if it has more than one.")
+    ] = ""
+    large_key: Annotated[str, Meta(description="The bearer token that the server wants.")] = ""
     alpha: Annotated[
         float,
         Meta(
@@ -34,6 +41,13 @@ class Settings(HttpSettings, frozen=True):
     mode: Annotated[
         Literal["", "small", "large", "ensemble"],
         Meta(description="What answers where a request does not say proxy_mode; empty: the best."),
+    ] = ""
+    validation: Annotated[
+        str,
+        Meta(
+            description="Rows as devices hold them; each mode is measured on the first 200 "
+            "whenever a version begins to serve."
+        ),
     ] = ""
     speculate: Annotated[
         bool,

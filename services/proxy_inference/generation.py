@@ -41,17 +41,20 @@ from shared.engine.soft_prompt import Inputs
 from shared.errors import EngineError
 
 _FINAL_STATE = b"result_norm"
+_SMALL_BYTES = 1 << 27
 _MOST_SCORES_BYTES = 1 << 28
-"""Up to so much memory for attention's scores, attention is computed whole and not by `flash`:
-on CPUs that reads a long prompt at 0.6 of the speed, and writes eight answers at almost twice."""
+"""A small model, whose scores take no more, has its attention computed whole and not by `flash`:
+that takes half the time for several tokens of a pass. But it looks at all that the cache holds, of
+whomever; so the cache keeps little of what nobody uses."""
+_IDLE_CELLS = 512
 _MOST_LOGITS = 1 << 24
 """Of one pass: 64 MB."""
 _MOST_FILLED = 16
 """Passes of fewer tokens may be filled up to what costs less."""
-_SHORT_S = 0.02
-"""And where one token takes less: a large model's time goes into reading its weights."""
 _TRIALS = 6
-_GAIN = 0.9
+_GAIN = 0.95
+_HELD = 256
+"""Tokens in the cache while passes are timed."""
 
 _adapters = threading.Lock()
 """A model keeps a list of its adapters; two threads must not change it at once."""
@@ -95,6 +98,11 @@ class Generation:
         self.limit = min(room.cells, weights.trained_tokens or room.cells)
         """Tokens of the longest prompt and answer together."""
         self.most_reads = max(_MOST_LOGITS // weights.vocabulary.size, 1)
+        heads = int(native.llama_model_n_head(weights.model))
+        scores_bytes = 4 * heads * BATCH_TOKENS * room.cells
+        small = int(native.llama_model_size(weights.model)) <= _SMALL_BYTES
+        self._whole = small and scores_bytes <= _MOST_SCORES_BYTES
+        self.idle_cells = _IDLE_CELLS if self._whole else room.cells
         self._rows = np.empty(0, np.int64)
         self._deltas = np.empty((0, weights.width), np.float32)
         self._watching = False
@@ -146,9 +154,7 @@ class Generation:
         if not reads:
             native.llama_synchronize(self._context)
             return np.empty((0, self.weights.vocabulary.size), np.float32)
-        logits: NDArray[np.float32] = np.ctypeslib.as_array(
-            native.llama_get_logits(self._context), shape=(reads, self.weights.vocabulary.size)
-        )
+        logits = self._logits(reads)
         if len(self._rows):
             states = np.concatenate(self._states)
             self._states.clear()
@@ -156,6 +162,15 @@ class Generation:
                 raise EngineError("llama.cpp gave no final states: output rows cannot be served")
             logits[:, self._rows] += states @ self._deltas.T
         return logits
+
+    def _logits(self, reads: int) -> NDArray[np.float32]:
+        """llama.cpp's own, not a copy."""
+        count = reads * self.weights.vocabulary.size
+        found = ctypes.cast(native.llama_get_logits(self._context), ctypes.c_void_p).value
+        assert found
+        # ctypeslib's as_array takes six times as long.
+        memory = memoryview((ctypes.c_float * count).from_address(found))
+        return np.frombuffer(memory, np.float32).reshape(reads, -1)
 
     def speak(self, plan: Plan, schedule: Schedule, runs: Mapping[Sequence, Run]) -> list[Heard]:
         """As `decode`, by sequence; what waits and who asks make no difference."""
@@ -204,30 +219,39 @@ class Generation:
         self.clear()
         if not finite:
             raise EngineError("the model's answers are not finite with this adapter")
-        self._fillings = self._measured_fillings()
+        if self._whole and self.room.lanes > 1 and self.room.cells > 2 * _HELD:
+            self._fillings = self._measured_fillings()
 
-    def trial(self, size: int) -> Plan:
-        """A pass of `size` tokens, all of them read, into an empty cache."""
+    def occupy(self) -> bool:
+        """Fill lane 0 for trials in others, as others' texts do in service; whether it matters."""
+        matters = self._whole and self.room.lanes > 1 and self.room.cells > 2 * _HELD
+        if matters:
+            self.decode(self.trial(_HELD))
+        return matters
+
+    def trial(self, size: int, lane: int = 0) -> Plan:
+        """A pass of `size` tokens, all of them read, into the empty lane `lane`."""
         schedule = Schedule(lanes=1, cells=size, batch_tokens=size, most_reads=size)
+        schedule.lanes[0].number = lane
         schedule.add(Sequence([max(self.weights.vocabulary.end, 0)] * size, read_from=0))
         return schedule.next()
 
     def _measured_fillings(self) -> Several[int]:
         """llama.cpp's kernels are made for some widths: one or three tokens may cost more than four
-        do. A context that is narrower than a filled pass is left alone."""
-        sizes = range(1, min(_MOST_FILLED, self.room.cells) + 1)
+        do."""
+        sizes = range(1, _MOST_FILLED + 1)
         seconds = dict.fromkeys(sizes, math.inf)
+        self.occupy()
         for _ in range(_TRIALS):
             for size in sizes:
                 began = time.perf_counter()
-                self.decode(self.trial(size))
+                self.decode(self.trial(size, lane=1))
                 seconds[size] = min(seconds[size], time.perf_counter() - began)
-                self.clear()
-                if seconds[1] > _SHORT_S:
-                    return self._fillings
+                self.decode(Plan([Forget(1, 0)]))
+        self.clear()
         found = [0, *sizes]
         for size in sizes:
-            best = min(range(size, len(sizes) + 1), key=lambda one: seconds[one])
+            best = min(range(size, _MOST_FILLED + 1), key=lambda one: seconds[one])
             if seconds[best] < _GAIN * seconds[size]:
                 found[size] = best
         return found
@@ -242,8 +266,7 @@ class Generation:
         wanted.swa_full = True  # so that a prefix can be cut back where layers see a window
         wanted.op_offload = False
         wanted.no_perf = True
-        heads = int(native.llama_model_n_head(self.weights.model))
-        if 4 * heads * BATCH_TOKENS * self.room.cells <= _MOST_SCORES_BYTES:
+        if self._whole:
             wanted.flash_attn_type = native.LLAMA_FLASH_ATTN_TYPE_DISABLED
         if watched:
             wanted.cb_eval = self._evaluated

@@ -13,7 +13,7 @@ from services.proxy_inference.completing import Completing
 from services.proxy_inference.metrics import CONTENT_TYPE
 from services.proxy_inference.requests import Refusal, RollbackRequest, decoded
 from services.proxy_inference.service import Proxy
-from services.proxy_inference.versions import BASE
+from services.proxy_inference.versions import BASE, Version
 from shared.http import json_response
 from shared.logs import get
 
@@ -60,6 +60,7 @@ class Server:
                 web.post("/v1/chat/completions", completing.chat),
                 web.post("/v1/classify", completing.classify),
                 web.get("/v1/seedwire/versions", self.versions),
+                web.get("/v1/seedwire/routes", self.routes),
                 web.post("/v1/seedwire/rollback", self.rollback),
                 web.post("/v1/seedwire/follow", self.follow),
             ]
@@ -102,6 +103,9 @@ class Server:
 
     async def versions(self, _: web.Request) -> web.Response:
         return json_response(self._versions())
+
+    async def routes(self, _: web.Request) -> web.Response:
+        return json_response(self._routes())
 
     async def rollback(self, request: web.Request) -> web.Response:
         body = await request.read()
@@ -155,11 +159,35 @@ class Server:
                     "digest": version.digest,
                     "loaded": version.name in loaded,
                     "kept": proxy.versions.kept(version),
+                    "routes": self._table(version),
                 }
                 for version in proxy.versions.listed()
             ],
             "refused": dict(proxy.versions.refused),
         }
+
+    def _routes(self) -> Json:
+        """What every mode came to, of what serves and of what served before."""
+        proxy = self._proxy
+        default, routes = proxy.pool.default, proxy.routes
+        way = proxy.way(default, None, None) if default else None
+        return {
+            "serving": default.name if default else None,
+            "mode": way.mode if way else None,
+            "alpha": way.alpha if way and way.mode == "ensemble" else None,
+            "set_by_operator": bool(proxy.settings.mode),
+            "measuring": routes.measuring or None,
+            "problem": routes.problem or None,
+            "versions": {
+                version.name: told
+                for version in proxy.versions.listed()
+                if (told := self._table(version)) is not None
+            },
+        }
+
+    def _table(self, version: Version) -> Json | None:
+        table = self._proxy.routes.of(version.fingerprint)
+        return table.told() if table else None
 
     @web.middleware
     async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:

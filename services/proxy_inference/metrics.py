@@ -9,6 +9,7 @@ from prometheus_client.registry import Collector
 
 from services.proxy_inference.ensemble.counts import Counts
 from services.proxy_inference.pool import Pool
+from services.proxy_inference.routing import Routes, Table
 from services.proxy_inference.swapping import Swapper
 from services.proxy_inference.worker import Worker
 from shared.runtime import project_version
@@ -20,7 +21,7 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
 class Metrics:
     """The proxy's own registry."""
 
-    def __init__(self, worker: Worker, pool: Pool, swapper: Swapper) -> None:
+    def __init__(self, worker: Worker, pool: Pool, swapper: Swapper, routes: Routes) -> None:
         self._registry = CollectorRegistry()
         self.in_flight = 0
         """Requests that are being answered."""
@@ -50,7 +51,7 @@ class Metrics:
             buckets=_SECONDS,
             registry=self._registry,
         )
-        self._registry.register(_Present(self, worker, pool, swapper))
+        self._registry.register(_Present(self, worker, pool, swapper, routes))
 
     def exposition(self) -> bytes:
         """The metrics in Prometheus's text format."""
@@ -82,14 +83,41 @@ def _ensemble(counts: Counts) -> Iterator[Metric]:
         yield CounterMetricFamily(f"seedwire_proxy_{name}", sentence, value=value)
 
 
+def _routes(table: Table, version: str) -> Iterator[Metric]:
+    """What each mode came to on the validation rows."""
+    told = {
+        "loss_nats": "Loss on the validation rows, a token, or a row of choices.",
+        "accuracy": "Share of the validation rows that are answered right throughout.",
+        "best": "1 for the mode that serves requests which name none, unless --mode does.",
+    }
+    labels = ["version", "mode", "alpha"]
+    families = {
+        name: GaugeMetricFamily(f"seedwire_proxy_route_{name}", sentence, labels=labels)
+        for name, sentence in told.items()
+    }
+    for line in table.lines:
+        alpha = "" if line.route.alpha is None else f"{line.route.alpha:g}"
+        values = {
+            "loss_nats": line.loss,
+            "accuracy": line.accuracy,
+            "best": float(line.route == table.best),
+        }
+        for name, value in values.items():
+            families[name].add_metric([version, line.route.mode, alpha], value)
+    yield from families.values()
+
+
 class _Present(Collector):
     """What is read off the others whenever Prometheus asks."""
 
-    def __init__(self, metrics: Metrics, worker: Worker, pool: Pool, swapper: Swapper) -> None:
+    def __init__(
+        self, metrics: Metrics, worker: Worker, pool: Pool, swapper: Swapper, routes: Routes
+    ) -> None:
         self._metrics = metrics
         self._worker = worker
         self._pool = pool
         self._swapper = swapper
+        self._routes = routes
 
     def collect(self) -> Iterator[Metric]:
         counts = self._worker.counts
@@ -130,6 +158,9 @@ class _Present(Collector):
             yield CounterMetricFamily(f"seedwire_proxy_{name}", sentence, value=value)
         if self._pool.large is not None:
             yield from _ensemble(self._pool.large.counts)
+        held = self._pool.default
+        if held is not None and (table := self._routes.of(held.fingerprint)) is not None:
+            yield from _routes(table, held.name)
         yield self._version()
 
     def _version(self) -> Metric:

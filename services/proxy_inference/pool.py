@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from services.proxy_inference.ensemble.ensemble import Ensemble
 from services.proxy_inference.ensemble.large import Large
 from services.proxy_inference.generation import Generation, Weights
+from services.proxy_inference.remote.ensemble import RemoteEnsemble
+from services.proxy_inference.remote.host import RemoteHost
 from services.proxy_inference.shelf import ModelFile
-from services.proxy_inference.speaking import Room
+from services.proxy_inference.speaking import Room, Speaker
 from services.proxy_inference.versions import BASE, Version
 from services.proxy_inference.worker import Worker
 from shared.adapter import Adapter
@@ -32,7 +34,7 @@ class Held:
     generation: Generation
     version: Version | None
     spec: JobSpec | None
-    ensemble: Ensemble | None = None
+    ensemble: Ensemble | RemoteEnsemble | None = None
     """The large model, steered by this version."""
     alone: str = ""
     """Why there is no ensemble, or none that is steered."""
@@ -54,11 +56,21 @@ class Held:
 class Pool:
     """Opens, lends and closes generations."""
 
-    def __init__(self, worker: Worker, room: Room, large: Large | None = None) -> None:
+    def __init__(
+        self,
+        worker: Worker,
+        room: Room,
+        large: Large | RemoteHost | None = None,
+        waiter: Worker | None = None,
+    ) -> None:
+        """`waiter` steps what waits for a server, so that nothing else waits for it."""
         self.default: Held | None = None
         self.swaps = 0
         self.large = large
+        self.changed = asyncio.Event()
+        """Set whenever another generation gets the requests that name none."""
         self._worker = worker
+        self._waiter = waiter or worker
         self._room = room
         self._held: list[Held] = []
         self._weights: dict[str, Weights] = {}
@@ -73,6 +85,10 @@ class Pool:
     @property
     def users(self) -> int:
         return sum(held.users for held in self._held)
+
+    def worker(self, speaker: Speaker) -> Worker:
+        """Who steps it."""
+        return self._waiter if isinstance(speaker, RemoteEnsemble) else self._worker
 
     def get(self, version: Version | None) -> Held | None:
         """The generation of a version, or of the present base model, if it is alive."""
@@ -151,6 +167,7 @@ class Pool:
             fingerprint=held.fingerprint,
             before=previous.name if previous else "",
         )
+        self.changed.set()
         self._tell_idle()
 
     @asynccontextmanager
@@ -196,7 +213,7 @@ class Pool:
             self._held.remove(held)  # from here on it is not lent
             await self._worker.detach(held.generation)
             if held.ensemble is not None:
-                await self._worker.detach(held.ensemble)
+                await self.worker(held.ensemble).detach(held.ensemble)
             await self._give_back(held)
             log.info("version_closed", version=held.name)
         self._freed.set()
@@ -217,7 +234,7 @@ class Pool:
             return
         if not held.ensemble.steers:
             held.alone = f"{held.name} has nothing to steer with"
-        self._worker.attach(held.ensemble)
+        self.worker(held.ensemble).attach(held.ensemble)
 
     async def _give_back(self, held: Held) -> None:
         await asyncio.to_thread(held.generation.close)

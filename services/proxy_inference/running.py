@@ -107,6 +107,15 @@ class Answer:
     def left(self) -> int:
         return self._max_tokens - self.written
 
+    @property
+    def sampler(self) -> Sampler:
+        return self._sampler
+
+    @property
+    def marked(self) -> bool:
+        """Whether log-probabilities are told."""
+        return self._top is not None
+
     def drafter(self) -> Drafter | None:
         return self._sampler.drafter() if self.left > 1 else None
 

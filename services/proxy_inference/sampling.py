@@ -63,6 +63,15 @@ class Sampler:
         self._written: Counter[int] = Counter()
 
     @property
+    def sampling(self) -> Sampling:
+        return self._sampling
+
+    def seed(self) -> int:
+        """For a next token that is drawn elsewhere: 31 bits of this answer's own."""
+        start = np.array([self._written.total(), 0, 0, 2], np.uint64)
+        return int(np.random.Philox(key=self._key, counter=start).random_raw()) >> 33
+
+    @property
     def greedy(self) -> bool:
         """Whether the likeliest token is always taken."""
         return self._sampling.temperature == 0.0

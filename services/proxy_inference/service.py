@@ -9,6 +9,7 @@ from services.proxy_inference.config import Settings
 from services.proxy_inference.metrics import Metrics
 from services.proxy_inference.pool import Held, Pool
 from services.proxy_inference.requests import Mode, Refusal
+from services.proxy_inference.routing import Routes
 from services.proxy_inference.running import Piece, Run
 from services.proxy_inference.shelf import Shelf
 from services.proxy_inference.speaking import Speaker
@@ -58,7 +59,8 @@ class Proxy:
         self.versions = versions
         self.swapper = swapper
         self.draining = False
-        self.metrics = Metrics(worker, pool, swapper)
+        self.routes = Routes()
+        self.metrics = Metrics(worker, pool, swapper, self.routes)
         self.metrics.waiting = lambda: max(self._tickets - worker.counts.running, 0)
         self._worker = worker
         self._shelf = shelf
@@ -121,8 +123,10 @@ class Proxy:
         Raises:
             Refusal: the version cannot be asked so.
         """
-        if mode is None:
-            mode = "ensemble" if alpha is not None else self._usual(held)
+        if mode is None and alpha is None:
+            mode, alpha = self._usual(held)
+        elif mode is None:
+            mode = "ensemble"
         elif mode != "ensemble" and alpha is not None:
             raise Refusal(
                 400, f"proxy_alpha is the ensemble's; mode {mode!r} has none", param="proxy_alpha"
@@ -142,12 +146,17 @@ class Proxy:
             mode, strength, ensemble, ensemble.limit, [], f"{fingerprint}-alpha-{strength:g}"
         )
 
-    def _usual(self, held: Held) -> Mode:
-        """What answers where nobody says what should."""
-        wanted = self.settings.mode or "ensemble"
+    def _usual(self, held: Held) -> tuple[Mode, float | None]:
+        """What answers, and how strongly, where nobody says what should."""
+        wanted: Mode = self.settings.mode or "ensemble"
+        alpha: float | None = None
+        if not self.settings.mode and held.version is not None:
+            best = self.routes.best(held.fingerprint, held.version.job)
+            if best is not None:
+                wanted, alpha = best.mode, best.alpha
         if held.ensemble is None or (wanted == "ensemble" and not held.ensemble.steers):
-            return "small"
-        return wanted
+            return "small", None
+        return wanted, alpha
 
     def spec_of(self, held: Held) -> JobSpec | None:
         """What a generation is asked by; the base model, to compare, by the job that serves."""
@@ -186,13 +195,13 @@ class Proxy:
         pieces = _pieces(queue, tickets)
         try:
             for ticket in tickets.values():
-                self._worker.submit(speaker, ticket)
+                self.pool.worker(speaker).submit(speaker, ticket)
             yield pieces
         finally:
             self._tickets -= len(runs)
             await pieces.aclose()
             for ticket in tickets.values():
-                self._worker.cancel(speaker, ticket)
+                self.pool.worker(speaker).cancel(speaker, ticket)
 
     async def rollback(self, round: int | None) -> Pin:
         """The version to serve is pinned; it serves as soon as it is loaded.

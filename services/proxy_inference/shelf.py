@@ -26,6 +26,8 @@ class Kept(msgspec.Struct, frozen=True):
     spec: JobSpec
     manifest: bytes
     snapshot: bytes
+    anchor: bytes = b""
+    """A snapshot as well: what takes the base model's place where a large one is steered."""
 
 
 class ModelFile(NamedTuple):

@@ -34,6 +34,8 @@ class Heard:
     share: Share
     logits: NDArray[np.float32]
     drafts: tuple[Draft, ...] = ()
+    error: str = ""
+    """Why nothing was heard: the sequence ends, the caches are as they should be."""
 
 
 def parted(shares: Several[Share], rows: NDArray[np.float32]) -> list[Heard]:
@@ -63,6 +65,11 @@ class Speaker(Protocol):
 
     @property
     def most_reads(self) -> int: ...
+
+    @property
+    def idle_cells(self) -> int:
+        """Of the cache's cells, so many may be kept for nobody in particular."""
+        ...
 
     def speak(self, plan: Plan, schedule: Schedule, runs: Mapping[Sequence, Run]) -> list[Heard]:
         """Make the pass; the logits are valid until the next one.

@@ -137,7 +137,10 @@ class Swapper:
         adapter = await asyncio.to_thread(_checked, kept)
         manifest: Manifest = adapter.manifest
         file = await self._models.find(manifest.variants, self.streams)
-        return await self._pool.open(version, kept.spec, adapter, file, asked_for=asked_for)
+        anchor = Adapter.from_bytes(kept.manifest, kept.anchor) if kept.anchor else None
+        return await self._pool.open(
+            version, kept.spec, adapter, file, anchor=anchor, asked_for=asked_for
+        )
 
     async def _kept(self, version: Version) -> Kept:
         """The version from disk, or else fetched and put there."""
@@ -150,7 +153,9 @@ class Swapper:
         if self.streams is None:
             raise TransientError(f"{version.name} is not on disk, and the broker is away")
         snapshot = await blobs.load(self.streams, version.snapshot)
-        kept = Kept(version, spec, manifest, snapshot)
+        of = self._versions.anchor(version)
+        anchor = await blobs.load(self.streams, of) if of else b""
+        kept = Kept(version, spec, manifest, snapshot, anchor)
         await asyncio.to_thread(_checked, kept)
         try:
             await asyncio.to_thread(self._shelf.put, kept)
@@ -176,6 +181,8 @@ def _checked(kept: Kept) -> Adapter:
     """
     try:
         adapter = Adapter.from_bytes(kept.manifest, kept.snapshot)
+        if kept.anchor:
+            Adapter.from_bytes(kept.manifest, kept.anchor)
     except ValueError as error:  # numbers cut short
         raise InvalidUpdate(f"{kept.version.name}: not a snapshot: {error}") from error
     if adapter.digest() != kept.version.digest:

@@ -58,6 +58,7 @@ class Versions:
         self._only = job
         self._specs: dict[str, JobSpec] = {}
         self._manifests: dict[tuple[str, int], bytes] = {}
+        self._anchors: dict[tuple[str, int], BlobRef] = {}
         self._known: dict[tuple[str, int], Version] = {}
         """By job and round; a later epoch's takes an earlier one's place."""
         self._kept: set[tuple[str, int]] = set()
@@ -72,6 +73,8 @@ class Versions:
                 self._specs[event.job] = event.spec
             case EpochOpened():
                 self._manifests[event.job, event.epoch] = event.manifest
+                if event.anchor is not None:
+                    self._anchors[event.job, event.epoch] = event.anchor
             case ModelPublished():
                 version = Version(
                     event.job, event.epoch, event.round, event.digest, event.snapshot, sequence
@@ -87,6 +90,10 @@ class Versions:
         self._manifests.setdefault((version.job, version.epoch), manifest)
         self._add(version)
         self._kept.add((version.job, version.round))
+
+    def anchor(self, version: Version) -> BlobRef | None:
+        """What stands for the base model beside this version; None: the base model itself."""
+        return self._anchors.get((version.job, version.epoch))
 
     def history_read(self) -> None:
         """All that the log has is known: what it does not have came before it, from another."""

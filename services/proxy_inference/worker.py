@@ -80,6 +80,7 @@ class Worker:
             cells=speaker.room.cells,
             batch_tokens=BATCH_TOKENS,
             most_reads=speaker.most_reads,
+            idle_cells=speaker.idle_cells,
         )
         desk = _Desk(speaker, schedule)
         self._order(lambda: self._desks.__setitem__(speaker, desk))
@@ -174,6 +175,7 @@ class Worker:
         self.counts.tokens += plan.size
         told: list[tuple[Ticket, Piece]] = []
         settled: list[Settled] = []
+        not_finite = self.counts.not_finite
         for one in heard:
             piece = self._taken(desk, one, settled)
             if piece is not None:
@@ -182,7 +184,7 @@ class Worker:
         for ticket, piece in told:
             if piece.finish:
                 self._end(desk, ticket.run.sequence)
-        if any(piece.finish == "error" for _, piece in told):
+        if self.counts.not_finite > not_finite:
             desk.speaker.clear()
             desk.schedule.reset()
         self._deliver(told)
@@ -192,7 +194,9 @@ class Worker:
         sequence, before = heard.share.sequence, len(heard.share.sequence.tokens)
         piece: Piece | None = None
         taken = 0
-        if heard.share.reads:
+        if heard.error:
+            piece = Piece(finish="error", error=heard.error)
+        elif heard.share.reads:
             if np.isfinite(heard.logits.max(axis=1)).all():
                 piece = desk.tickets[sequence].run.take(heard.logits, heard.drafts)
             else:  # the largest of a row with a NaN is NaN

@@ -10,6 +10,7 @@ import msgspec
 
 from shared.messages import (
     AdapterEvaluated,
+    Distilled,
     EpochOpened,
     JobEnded,
     JobOpened,
@@ -83,9 +84,17 @@ class JobHistory(msgspec.Struct):
     """Everything shown of one job."""
 
     job: str
-    status: Literal["running", "ended"] = "running"
+    status: Literal["running", "waiting", "ended"] = "running"
+    """`waiting`: the rounds of its epoch are done, and another is to come."""
     reason: str = ""
     epoch: int = 0
+    epochs: int = 1
+    rounds_before: int = 0
+    """Of the epochs before that moved the adapter, as `rounds_planned` counts them."""
+    commits: int = 0
+    """Of the present epoch."""
+    distilled: Distilled | None = None
+    """How the epoch's start was made, where it was distilled."""
     round: int = 0
     """The last round that was opened."""
     rounds_planned: int = 0
@@ -114,12 +123,17 @@ class JobHistory(msgspec.Struct):
             case JobOpened():
                 self.status, self.reason = "running", ""
                 self.rounds_planned = event.spec.tuning.rounds
+                self.epochs = event.spec.epochs
                 self.method, self.how = event.spec.tuning.method, event.spec.tuning.how
                 self.has_answers = event.spec.task.loss != "tokens"
                 self.snapshot_every = event.spec.snapshot_every
             case EpochOpened():
                 self.epoch, self.digest = event.epoch, event.digest
+                self.distilled = event.distilled
+                self.rounds_before = self.round - self._fruitless
+                self.status, self.commits = "running", 0
             case RoundOpened():
+                self.status = "running"
                 self.round = max(self.round, event.round)
                 row = self.row(event.round)
                 row.kind, row.deadline_s = event.kind, event.deadline_s
@@ -134,6 +148,8 @@ class JobHistory(msgspec.Struct):
                     event.round, event.digest, snapshot.digest, snapshot.size_bytes
                 )
                 kept(self.published, event.round, version)
+                if self.commits >= self.rounds_planned and self.epoch + 1 < self.epochs:
+                    self.status = "waiting"
             case JobEnded():
                 self.status, self.reason, self.digest = "ended", event.reason, event.digest
 
@@ -181,6 +197,9 @@ class JobHistory(msgspec.Struct):
             "status": self.status,
             "reason": self.reason,
             "epoch": self.epoch,
+            "epochs": self.epochs,
+            "rounds_before": self.rounds_before,
+            "distilled": self.distilled,
             "round": self.round,
             "rounds_planned": self.rounds_planned,
             "method": self.method,
@@ -194,10 +213,16 @@ class JobHistory(msgspec.Struct):
             "snapshot_every": self.snapshot_every,
         }
 
+    @property
+    def _fruitless(self) -> int:
+        """Rounds that closed without a step."""
+        return self.closed.get("more", 0) + self.closed.get("abandoned", 0)
+
     def _close(self, event: RoundClosed) -> None:
         row = self.row(event.round)
         reason = "more" if event.more else event.reason
         if not row.reason:
+            self.commits += reason in ("enough", "deadline")
             self.closed[reason] = self.closed.get(reason, 0) + 1
         row.reason, row.digest = reason, event.digest
         row.devices, row.updates, row.late = event.devices, event.updates, event.late

@@ -17,11 +17,36 @@ OTHERS = "_others"
 
 SERVICE = "telemetry"
 
+
+def _of_distillation(name: str) -> Callable[[JobHistory], float | None]:
+    """A figure of how the job's epoch was made; None where it was not distilled."""
+    return lambda job: None if job.distilled is None else getattr(job.distilled, name)
+
+
 _GAUGES: dict[str, tuple[str, Callable[[JobHistory], float | None]]] = {
     "seedwire_job_running": (
-        "1 while the job runs, 0 when it has ended.",
+        "1 while the job runs, 0 when it waits for its next epoch or has ended.",
         lambda job: float(job.status == "running"),
     ),
+    "seedwire_job_waiting": (
+        "1 while the job waits for its next epoch.",
+        lambda job: float(job.status == "waiting"),
+    ),
+    "seedwire_job_epoch": ("The job's epoch, counted from 0.", lambda job: job.epoch),
+    "seedwire_job_epochs_planned": ("The job's epochs.", lambda job: job.epochs),
+    **{
+        f"seedwire_job_distilled_{name}": (sentence, _of_distillation(name))
+        for name, sentence in {
+            "teacher_entropy_before": "Entropy of the ensemble that was distilled, nats.",
+            "teacher_entropy_after": "Entropy of the ensemble that the epoch began with, nats.",
+            "held_out_loss_before": "Loss on held-out public rows before distillation, nats.",
+            "held_out_loss_after": "Loss on held-out public rows after distillation, nats.",
+            "ensemble_loss_before": "The ensemble's loss on them before distillation, nats.",
+            "ensemble_loss_after": "The ensemble's loss on them after distillation, nats.",
+            "kl_before": "Divergence of the small model from its teacher before, nats.",
+            "kl_after": "Divergence of the small model from its teacher after, nats.",
+        }.items()
+    },
     "seedwire_job_round": ("The last round opened.", lambda job: job.round),
     "seedwire_job_rounds_planned": ("The job's rounds.", lambda job: job.rounds_planned),
     "seedwire_job_loss": (

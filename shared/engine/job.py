@@ -37,7 +37,7 @@ class Job:
         adaptation = Adaptation(
             manifest.architecture,
             manifest.seed,
-            manifest.epoch,
+            manifest.epoch_of_a,
             manifest.blocks,
             self.layout.offsets,
         )

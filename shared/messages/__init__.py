@@ -17,9 +17,11 @@ from shared.messages.identity import (
     RevokeDevice,
 )
 from shared.messages.jobs import (
+    BlobRef,
     Block,
     DevicesListed,
     DeviceSummary,
+    Distilled,
     Evaluation,
     JobAccepted,
     JobsListed,
@@ -28,6 +30,7 @@ from shared.messages.jobs import (
     ListDevices,
     ListJobs,
     Manifest,
+    OpenEpoch,
     Pacing,
     Refused,
     StopJob,
@@ -38,7 +41,6 @@ from shared.messages.jobs import (
 )
 from shared.messages.log import (
     AdapterEvaluated,
-    BlobRef,
     Commit,
     Contribution,
     DetailEvent,
@@ -88,6 +90,7 @@ from shared.messages.work import (
 AnyMessage = (
     SubmitJob
     | StopJob
+    | OpenEpoch
     | ListJobs
     | JobAccepted
     | Refused
@@ -142,6 +145,7 @@ __all__ = [
     "DeviceSummary",
     "DevicesInvited",
     "DevicesListed",
+    "Distilled",
     "Enroll",
     "Enrolled",
     "EpochOpened",
@@ -169,6 +173,7 @@ __all__ = [
     "Manifest",
     "Message",
     "ModelPublished",
+    "OpenEpoch",
     "Pacing",
     "PoolSums",
     "ProbeResult",

@@ -47,7 +47,7 @@ class Variant(Record, frozen=True):
 class Manifest(Record, frozen=True):
     """What the adapter's numbers are; its bytes, as logged, are part of every digest.
 
-    `a_seed` is the job's seed: it makes the A that each LoRA begins with and the directions alike.
+    The job's `seed` makes the A that each LoRA begins with and the directions alike.
     """
 
     epoch: Annotated[int, Meta(ge=0, lt=2**32)]
@@ -59,6 +59,12 @@ class Manifest(Record, frozen=True):
     distribution: Distribution = "signs"
     update_rule: Literal["plain", "momentum"] = "plain"
     v: Annotated[int, Meta(ge=1)] = 1
+    a_epoch: Annotated[int, Meta(ge=0, lt=2**32)] | UnsetType = UNSET
+    """Whose A each LoRA begins with: that of this earlier epoch; unset: its own."""
+
+    @property
+    def epoch_of_a(self) -> int:
+        return self.epoch if self.a_epoch is UNSET else self.a_epoch
 
 
 class Task(Record, frozen=True):
@@ -144,6 +150,8 @@ class JobSpec(Record, frozen=True):
     snapshot_every: Annotated[int, Meta(ge=1, le=2**31)] = 50
     allow_devices: Annotated[list[Name], Meta(max_length=100_000)] = []
     """Who may take part; empty: everyone."""
+    epochs: Annotated[int, Meta(ge=1, le=2**16)] = 1
+    """After the rounds of any but the last of them the job waits for an OpenEpoch."""
 
 
 class SubmitJob(Message, frozen=True):
@@ -158,6 +166,61 @@ class StopJob(Message, frozen=True):
     """The operator ends a job at the next close."""
 
     job: Name
+
+
+class BlobRef(Record, frozen=True):
+    """A file in the blob store: its SHA-256, its size."""
+
+    digest: Digest
+    size_bytes: Count
+
+
+class Distilled(Record, frozen=True):
+    """What distillation did to an adapter before an epoch began with it.
+
+    Losses are in nats per example (`choices`) or token, of public rows that were held out; they and
+    accuracies are None where no such row has an answer. `before` is the adapter that the epoch
+    before ended with, and the ensemble with its anchor; `after` the epoch's start and its anchor.
+    """
+
+    alpha: Annotated[float, Meta(ge=0.0, le=10.0)]
+    """How strongly the small model steered the large one."""
+    rows: Count
+    """Public rows that were learned from."""
+    heldout_rows: Count
+    tokens: Count
+    """Sent forward through the small model to learn."""
+    steps: Count
+    teacher_entropy_before: Finite
+    """Of the ensemble on the held-out rows, nats."""
+    teacher_entropy_after: Finite
+    kl_before: Finite
+    """KL(ensemble || small model) on the held-out rows: the ensemble before."""
+    kl_after: Finite
+    """Of the same ensemble, to the distilled model."""
+    held_out_loss_before: Finite | None = None
+    """Of the small model."""
+    held_out_loss_after: Finite | None = None
+    ensemble_loss_before: Finite | None = None
+    ensemble_loss_after: Finite | None = None
+    large_loss: Finite | None = None
+    accuracy_before: Finite | None = None
+    accuracy_after: Finite | None = None
+
+
+class OpenEpoch(Message, frozen=True):
+    """The operator has a job that waits go on in its next epoch, which `manifest` describes.
+
+    `start` and `anchor` are adapters over that manifest as they lie in blobs.
+    """
+
+    job: Name
+    manifest: Annotated[bytes, Meta(max_length=400_000)]
+    start: BlobRef
+    """Where theta begins: after the job's last round, without velocity."""
+    anchor: BlobRef | None = None
+    """What stands for the base model in the ensemble from now on."""
+    distilled: Distilled | None = None
 
 
 class ListJobs(Message, frozen=True):
@@ -176,7 +239,8 @@ class Refused(Message, frozen=True):
 
 class JobSummary(Record, frozen=True):
     job: Name
-    status: Literal["running", "finishing", "ended"]
+    status: Literal["running", "finishing", "waiting", "ended"]
+    """`waiting`: for the next of its epochs to be opened."""
     epoch: Count
     round: Round
     rounds: Count
@@ -184,6 +248,7 @@ class JobSummary(Record, frozen=True):
     reason: str = ""
     accuracy: Finite | None = None
     loss: Finite | None = None
+    epochs: Count = 1
 
 
 class JobsListed(Message, frozen=True):

@@ -17,7 +17,7 @@ from shared.messages.base import (
     Round,
     Seconds,
 )
-from shared.messages.jobs import How, JobSpec
+from shared.messages.jobs import BlobRef, Distilled, How, JobSpec
 
 
 class JobOpened(Message, frozen=True):
@@ -26,13 +26,23 @@ class JobOpened(Message, frozen=True):
 
 
 class EpochOpened(Message, frozen=True):
-    """The adapter starts at zero over what `manifest` (an encoded Manifest) says."""
+    """The adapter starts at zero over what `manifest` (an encoded Manifest) says, or at `start`.
+
+    Round numbers go on from epoch to epoch; commits are counted anew.
+    """
 
     job: Name
     epoch: Count
     manifest: bytes
     digest: Digest
-    """Of the adapter at theta = 0, round 0."""
+    """Of the adapter as it starts: without `start` at theta = 0, round 0."""
+    start: BlobRef | None = None
+    """The adapter that the epoch starts with, in the form of a snapshot."""
+    anchor: BlobRef | None = None
+    """The adapter over the same manifest that stands for the base model in the ensemble; None: the
+    base model itself."""
+    distilled: Distilled | None = None
+    """How `start` was made, where it was distilled."""
 
 
 class Walk(Record, frozen=True):
@@ -182,11 +192,6 @@ class AdapterEvaluated(Message, frozen=True):
     """The UpdatesFolded that it was made from."""
 
 
-class BlobRef(Record, frozen=True):
-    digest: Digest
-    size_bytes: Count
-
-
 class ModelPublished(Message, frozen=True):
     """The adapter after `round` as a blob: a snapshot to resume from or to serve."""
 
@@ -195,6 +200,8 @@ class ModelPublished(Message, frozen=True):
     round: Round
     digest: Digest
     snapshot: BlobRef
+    epoch_sequence: Count = 0
+    """Where in stream LOG the epoch was opened; 0: not said."""
 
 
 class JobEnded(Message, frozen=True):

@@ -20,6 +20,7 @@ NAMES = (
     "away",
     "late",
     "learn",
+    "proxy",
 )
 
 

@@ -105,11 +105,13 @@ def _signs(seed: int, stream_round: int, group: int, d: int) -> NDArray[np.int64
 class Theta:
     """The adapter, by commits alone."""
 
-    def __init__(self, manifest: bytes) -> None:
+    def __init__(self, manifest: bytes, start: bytes = b"") -> None:
+        """At zero, or where the snapshot `start` is."""
         fields = unpacked(manifest)
+        self.manifest = manifest
         self._manifest_digest = hashlib.sha256(manifest).digest()
         self._seed: int = fields["seed"]
-        self._epoch: int = fields["epoch"]
+        self.epoch: int = fields["epoch"]
         self._momentum = fields["update_rule"] == "momentum"
         counts = [int(np.prod(block["shape"])) for block in fields["blocks"]]
         scales = [block.get("scale", 0) for block in fields["blocks"]]
@@ -118,6 +120,10 @@ class Theta:
         self.round = 0
         self.theta = np.zeros(self.d, np.int64)
         self.velocity = np.zeros(self.d, np.int64)
+        if start:
+            snapshot = unpacked(start)
+            self.round = snapshot["round"]
+            self.theta = np.frombuffer(snapshot["theta"], "<i4").astype(np.int64)
 
     def close(self, number: int, commit: Fields | None) -> None:
         if commit is not None:
@@ -131,7 +137,7 @@ class Theta:
 
     def digest(self) -> str:
         sha = hashlib.sha256(b"seedwire1" + self._manifest_digest)
-        sha.update(self._epoch.to_bytes(4, "little") + self.round.to_bytes(4, "little"))
+        sha.update(self.epoch.to_bytes(4, "little") + self.round.to_bytes(4, "little"))
         sha.update(self.theta.astype("<i4").tobytes())
         if self._momentum:
             sha.update(self.velocity.astype("<i8").tobytes())

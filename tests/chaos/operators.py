@@ -1,14 +1,22 @@
 """What the operator of a schedule asks for."""
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 
-from shared.codec import encode_manifest
+import numpy as np
+from numpy.typing import NDArray
+
+from shared import adapter
+from shared.adapter import Adapter
+from shared.blobs import reference
+from shared.codec import decode_manifest, encode_manifest
 from shared.messages import (
     Block,
     Evaluation,
     JobSpec,
     Manifest,
+    OpenEpoch,
     Pacing,
     SubmitJob,
     Task,
@@ -17,8 +25,26 @@ from shared.messages import (
 )
 from tests.chaos.faults import Scenario
 
+
+@dataclass(frozen=True)
+class NextEpoch:
+    """A request, and the blob that it names."""
+
+    request: OpenEpoch
+    start: bytes
+
+
 D = 12
 """Parameters of the adapter."""
+SECOND_EPOCH_EVERY = 4
+"""So many jobs to one that has a second epoch."""
+
+
+def next_epoch(name: str, manifest: bytes, round: int, theta: NDArray[np.int64]) -> NextEpoch:
+    """What the operator asks a job that waits after `round` at `theta` (d,): to go on at half."""
+    data = encode_manifest(adapter.next_epoch(decode_manifest(manifest)))
+    start = Adapter.placed(data, round, (theta // 2).astype(np.int32)).to_bytes()
+    return NextEpoch(OpenEpoch(job=name, manifest=data, start=reference(start)), start)
 
 
 def a_job(given: Scenario, number: int, model: Path) -> SubmitJob:
@@ -58,5 +84,6 @@ def a_job(given: Scenario, number: int, model: Path) -> SubmitJob:
         pacing=pacing,
         evaluation=Evaluation(every_rounds=given.evaluate_every),
         snapshot_every=given.snapshot_every,
+        epochs=2 if (given.seed + number) % SECOND_EPOCH_EVERY == 0 else 1,
     )
     return SubmitJob(job=f"job-{number}", spec=spec, manifest=encode_manifest(manifest))

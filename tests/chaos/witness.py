@@ -45,6 +45,18 @@ class Job:
     evaluations: dict[tuple[int, int], int] = field(default_factory=dict[tuple[int, int], int])
     """(sequence of its UpdatesFolded, round) -> how often it was logged as AdapterEvaluated."""
     snapshots: list[str] = field(default_factory=list[str])
+    published: int = 0
+    """The round of the newest version."""
+    starts: dict[int, str] = field(default_factory=dict[int, str])
+    """Digests that epochs began with, by the round before them."""
+    kept: list[str] = field(default_factory=list[str])
+    """Blobs that epochs began with."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether all that is left to do is another epoch, as far as the log tells."""
+        left = self.theta is not None and self.theta.epoch + 1 < self.spec["epochs"]
+        return left and not (self.ended or self.open) and self.published == self.last > 0
 
 
 class Witness:
@@ -66,6 +78,8 @@ class Witness:
         """Keys still in a spool, or pushed out of a full one."""
         self.twice = 0
         self.lost: list[str] = []
+        self.starts: dict[str, bytes] = {}
+        """What the operator has put into the store for epochs to begin with, by digest."""
         self.round_opened: Callable[[str, Fields], None] = lambda job, opened: None
         self.round_closed: Callable[[str, Fields], None] = lambda job, opened: None
         self._now = now
@@ -114,9 +128,19 @@ class Witness:
             self.wrong(f"{stream} is not what was appended to it")
 
     def _EpochOpened(self, job: Job, event: Fields, _: int) -> None:
-        job.theta = Theta(event["manifest"])
+        before = job.theta
+        if before is None:
+            job.theta = Theta(event["manifest"])
+            job.digests[0] = job.theta.digest()
+        else:
+            if job.open or job.published != job.last:
+                self.wrong(f"an epoch opens before round {job.last} is closed and published")
+            job.theta = Theta(event["manifest"], self.starts[event["start"]["digest"]])
+            if (job.theta.epoch, job.theta.round) != (before.epoch + 1, before.round):
+                self.wrong(f"epoch {job.theta.epoch} at {job.theta.round} after {before.epoch}")
+            job.starts[job.theta.round] = job.theta.digest()
+            job.kept.append(event["start"]["digest"])
         self._same(job, event, "EpochOpened")
-        job.digests[0] = job.theta.digest()
 
     def _RoundOpened(self, job: Job, event: Fields, _: int) -> None:
         if job.open or event["round"] != job.last + 1:
@@ -167,6 +191,7 @@ class Witness:
         if event["digest"] != job.digests.get(event["round"]):
             self.wrong(f"ModelPublished after round {event['round']} has another digest")
         job.snapshots.append(event["snapshot"]["digest"])
+        job.published = event["round"]
 
     def _JobEnded(self, job: Job, event: Fields, _: int) -> None:
         if job.open:
@@ -306,9 +331,9 @@ class Witness:
 
     def _in_time(self, key: str) -> str:
         """Why an update is not too late; empty if it is."""
-        name, _, number, _, _ = key.split(".")
+        name, epoch, number, _, _ = key.split(".")
         job, measured = self.jobs[name], int(number)
-        if job.ended or not job.open:
+        if job.ended or not job.open or (job.theta is not None and int(epoch) < job.theta.epoch):
             return ""
         one = job.rounds[measured]
         age = job.open - measured
@@ -327,7 +352,8 @@ class Witness:
     def _reported(self, report: Fields) -> None:
         for name, position in report["positions"].items():
             number, digest = position.split(":")
-            if self.jobs[name].digests.get(int(number)) != digest:
+            job = self.jobs[name]
+            if digest not in (job.digests.get(int(number)), job.starts.get(int(number))):
                 self.wrong(f"{report['device']} stands at {position[:20]} of job {name}")
 
     # ---- what devices write

@@ -19,7 +19,7 @@ from services.aggregator.config import Settings as AggregatorSettings
 from services.aggregator.service import Aggregator
 from services.scheduler.config import Settings as SchedulerSettings
 from services.scheduler.service import Scheduler
-from shared import subjects
+from shared import blobs, subjects
 from shared.codec import decode, encode
 from shared.errors import TransientError
 from shared.messages import (
@@ -31,7 +31,7 @@ from tests.chaos.disks import Platters, SimulatedDisk
 from tests.chaos.engines import EngineDouble
 from tests.chaos.faults import Fault, Scenario
 from tests.chaos.folding import Fields
-from tests.chaos.operators import a_job
+from tests.chaos.operators import a_job, next_epoch
 from tests.chaos.processes import Process
 from tests.chaos.simulation import PROCESS, SimulatedClock, SimulatedLoop, SimulatedTask
 from tests.chaos.weather import Skies
@@ -216,9 +216,13 @@ class World:
             whole = [*platters.replaced, platters.names["ledger.jsonl"].data]
             witness.ledger(name, b"".join(whole), held)
         witness.finished()
-        blobs = self._broker.streams[subjects.BLOBS_STREAM]
-        kept = {one.subject.split(".")[-2] for one in blobs.messages.values()}
+        stored = self._broker.streams[subjects.BLOBS_STREAM]
+        kept = {one.subject.split(".")[-2] for one in stored.messages.values()}
         allowed = {digest for job in witness.jobs.values() for digest in job.snapshots[-3:]}
+        for name, job in witness.jobs.items():
+            if lost := set(job.kept) - kept:
+                witness.wrong(f"an epoch of job {name} began with {min(lost)}, which is gone")
+        allowed |= witness.starts.keys()
         # A writer that is fenced off between a snapshot and its fact leaves one behind.
         if len(kept - allowed) > self.injected["fenced off"]:
             witness.wrong(f"{len(kept - allowed)} snapshots that nobody needs are still stored")
@@ -400,7 +404,7 @@ class World:
                 job = self.witness.jobs[name]
                 if state.begun and not state.ended and job.theta is not None:
                     digest = state.adapter.digest()
-                    if digest not in job.digests.values():
+                    if digest not in {*job.digests.values(), *job.starts.values()}:
                         self.witness.wrong(f"a replay ends at another digest, {digest[:12]}")
 
         await service.serve(process.stop, ready)
@@ -465,13 +469,24 @@ class World:
                 subjects.JOB_SUBMIT, encode(a_job(self.scenario, number, self._model))
             )
             await asyncio.sleep(1.0)
+        job = self.witness.jobs[name]
+        while not job.ended and job.theta is not None and job.theta.epoch + 1 < job.spec["epochs"]:
+            if job.waits:
+                following = next_epoch(name, job.theta.manifest, job.theta.round, job.theta.theta)
+                self.witness.starts[following.request.start.digest] = following.start
+                await self._asked(
+                    subjects.JOB_EPOCH, encode(following.request), blob=following.start
+                )
+            await asyncio.sleep(1.0)
 
-    async def _asked(self, subject: str, data: bytes) -> None:
-        """Somebody has answered."""
+    async def _asked(self, subject: str, data: bytes, *, blob: bytes = b"") -> None:
+        """Somebody has answered; `blob` was in the store before."""
         self._operators += 1
         link = self._broker.connect(f"operator-{self._operators}")
         while True:
             try:
+                if blob:
+                    await blobs.put(link, blob)
                 answer = await link.request(subject, data, timeout_s=10.0)
             except TransientError:
                 await asyncio.sleep(2.0)

@@ -13,7 +13,7 @@ from deploy.demo.processes import ROOT
 from tests.support.fleet import Fleet, a_fleet
 
 JOB = {
-    "job", "status", "reason", "epoch", "round", "rounds", "digest", "accuracy", "loss"
+    "job", "status", "reason", "epoch", "round", "rounds", "digest", "accuracy", "loss", "epochs"
 }  # fmt: skip
 DEVICE = {
     "device", "seen_s_ago", "away", "job", "doing", "rows", "tokens_per_s", "rounds", "reward",

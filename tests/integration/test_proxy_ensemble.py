@@ -29,6 +29,8 @@ LORA = [
 PROMPTS = ["the inner ear", "a story of", "in the beginning there was", "it is the end"]
 LABELS = {"one": "g", "two": "h", "three": "q", "four": "Z"}
 TASK = Task(loss="choices", template="Of {text}\nit is ", labels=LABELS, max_tokens=48)
+NOISE = 6.0
+"""Of P = L + alpha (M+ - M-) against one model's, at alpha 2.5."""
 ENDLESS = {"0": -100}
 """The bias that lets no answer end before its length."""
 
@@ -38,7 +40,7 @@ def _models(folder: Path) -> tuple[Path, Path]:
     random = np.random.default_rng(2)
     sure = np.float32(0.6) * random.standard_normal((320, 64), np.float32)
     small = tiny_gguf.write(folder / "small.gguf", quantized=False, plus={"output.weight": sure})
-    other = sure + np.float32(0.03) * random.standard_normal((320, 64), np.float32)
+    other = (sure + 0.03 * random.standard_normal(sure.shape)).astype(np.float32)
     large = tiny_gguf.write(folder / "large.gguf", quantized=False, plus={"output.weight": other})
     return small, large
 
@@ -98,7 +100,7 @@ async def test_drafts_change_no_greedy_answer(broker: BrokerProcess, tmp_path: P
                 else:
                     assert await proxy.metric("seedwire_proxy_drafts_total") == 0
     for plain, fast in zip(told["false"], told["true"], strict=True):
-        assert alone(plain["choices"][0]).explains(tokens(fast["choices"][0]))
+        assert alone(plain["choices"][0]).explains(tokens(fast["choices"][0]), times=NOISE)
         assert fast["proxy"] == {"mode": "ensemble", "alpha": 1.0, "exact": True}
 
 
@@ -132,28 +134,52 @@ async def test_drafts_change_no_distribution(broker: BrokerProcess, tmp_path: Pa
         assert abs(plain[pair] - fast[pair]) / total < 4 * deviation, pair
 
 
+async def odds(proxy: Proxy, model: str = "", **more: object) -> NDArray[np.float64]:
+    """Log-odds of the labels against the first, of one text."""
+    body = {"text": "a long story of the ear"} | more | ({"model": model} if model else {})
+    status, answer = await proxy.post("/v1/classify", body)
+    assert status == 200, answer
+    logs = np.log([answer["probabilities"][label] for label in LABELS])
+    return logs - logs[0]
+
+
 async def test_the_ensemble_is_the_large_model_plus_what_tuning_added(
     broker: BrokerProcess, tmp_path: Path
 ) -> None:
     """Log-odds of the labels add up: P = L + alpha (M+ - M-)."""
     async with a_pair(broker, tmp_path) as proxy:
-
-        async def odds(model: str = "", **more: object) -> NDArray[np.float64]:
-            body = {"text": "a long story of the ear"} | more | ({"model": model} if model else {})
-            status, answer = await proxy.post("/v1/classify", body)
-            assert status == 200, answer
-            logs = np.log([answer["probabilities"][label] for label in LABELS])
-            return logs - logs[0]
-
-        large = await odds(proxy_mode="large")
-        tuned = await odds(proxy_mode="small")
-        base = await odds("base")
+        large = await odds(proxy, proxy_mode="large")
+        tuned = await odds(proxy, proxy_mode="small")
+        base = await odds(proxy, "base")
         assert np.abs(tuned - base).max() > 0.05
         for alpha in (0.5, 1.0, 3.0):
-            steered = await odds(proxy_mode="ensemble", proxy_alpha=alpha)
+            steered = await odds(proxy, proxy_mode="ensemble", proxy_alpha=alpha)
             np.testing.assert_allclose(steered, large + alpha * (tuned - base), atol=2e-3)
-        np.testing.assert_allclose(await odds(proxy_alpha=0.0), large, atol=2e-3)
-        np.testing.assert_allclose(await odds(), large + tuned - base, atol=2e-3)
+        np.testing.assert_allclose(await odds(proxy, proxy_alpha=0.0), large, atol=2e-3)
+        np.testing.assert_allclose(await odds(proxy), large + tuned - base, atol=2e-3)
+
+
+async def test_a_distilled_version_steers_by_what_the_fleet_added_since(
+    broker: BrokerProcess, tmp_path: Path
+) -> None:
+    """Its epoch's anchor is in M- as well; the proxy keeps it, for a start without a broker."""
+    small, large = _models(tmp_path)
+    more = ("--model", str(small), "--large", str(large))
+    async with a_job(broker, small) as (publisher, manifest):
+        anchor, tuned = _values(manifest, 2), _values(manifest, 3)
+        await publisher.open("anchor", manifest, TASK)
+        await publisher.publish("anchor", 1, anchor)
+        await publisher.open("distilled", manifest, TASK, anchor)
+        await publisher.publish("distilled", 1, tuned)
+        async with a_proxy(tmp_path / "proxy", "--servers", broker.url, *more) as proxy:
+            await proxy.serves("distilled@1")
+            wanted = await odds(proxy, proxy_mode="large")
+            wanted += await odds(proxy, proxy_mode="small")
+            wanted -= await odds(proxy, "anchor", proxy_mode="small")
+            np.testing.assert_allclose(await odds(proxy), wanted, atol=2e-3)
+    async with a_proxy(tmp_path / "proxy", *more) as proxy:
+        await proxy.serves("distilled@1")
+        np.testing.assert_allclose(await odds(proxy), wanted, atol=2e-3)
 
 
 async def test_a_request_that_cannot_be_answered_so_is_told_why(
@@ -193,11 +219,11 @@ async def test_answers_are_right_when_modes_mix_and_the_cache_is_too_small(
         {"proxy_mode": "small"},
     ]
     more = ("--servers", broker.url, "--large", str(large), "--model", str(small))
-    more += ("--context-tokens", "256", "--sequences", "6")
+    more += ("--context-tokens", "256", "--sequences", "8")
     async with a_job(broker, small), a_proxy(tmp_path / "proxy", *more) as proxy:
         await proxy.serves("job@1")
         asked = [
-            (prompt, mode | {"max_tokens": 45, "logit_bias": ENDLESS})
+            (prompt, mode | {"max_tokens": 80, "logit_bias": ENDLESS})
             for prompt in PROMPTS
             for mode in modes
         ]
@@ -207,7 +233,7 @@ async def test_answers_are_right_when_modes_mix_and_the_cache_is_too_small(
         for _ in range(3):
             calls = [proxy.complete(p, **b, logprobs=0) for p, b in asked]
             for measure, answer in zip(measures, await asyncio.gather(*calls), strict=True):
-                assert measure.explains(tokens(answer["choices"][0]))
+                assert measure.explains(tokens(answer["choices"][0]), times=NOISE)
         assert await proxy.metric("seedwire_proxy_preemptions_total") > 0
 
 
@@ -246,7 +272,7 @@ async def test_a_new_version_takes_over_in_the_midst_of_steered_answers(
         assert len(measures) >= 3
         for answer in told:
             assert answer["proxy"]["mode"] == "ensemble"
-            assert measures[answer["model"]].explains(tokens(answer["choices"][0]))
+            assert measures[answer["model"]].explains(tokens(answer["choices"][0]), times=NOISE)
 
 
 async def test_models_whose_tokens_mean_other_things_are_refused(

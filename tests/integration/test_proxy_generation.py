@@ -97,6 +97,7 @@ class Broken:
 
     room = ROOM
     most_reads = 8
+    idle_cells = 512
 
     def __init__(self) -> None:
         self.passes = 0

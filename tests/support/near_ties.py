@@ -22,11 +22,14 @@ class Alone:
     leads: list[float]
     """By how much each token led the next, in nats."""
 
-    def explains(self, tokens: list[str]) -> bool:
-        """Whether `tokens` are this answer, up to a near tie at the first that differs."""
+    def explains(self, tokens: list[str], *, times: float = 1.0) -> bool:
+        """Whether `tokens` are this answer, up to a near tie at the first that differs.
+
+        Logits that are a sum of several have `times` the noise of one model's.
+        """
         for lead, mine, theirs in zip(self.leads, self.tokens, tokens, strict=True):
             if mine != theirs:
-                return lead < TIE_NATS
+                return lead < times * TIE_NATS
         return True
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -51,22 +52,30 @@ class Publisher:
         await ensure_streams(link)
         return cls(link, await LogWriter.open(link, subjects.LOG_STREAM))
 
-    async def open(self, job: str, manifest: Manifest, task: Task | None = None) -> None:
-        """The job is open, its adapter at zero."""
+    async def open(
+        self,
+        job: str,
+        manifest: Manifest,
+        task: Task | None = None,
+        anchor: NDArray[np.float64] | None = None,
+    ) -> None:
+        """The job is open, its adapter at zero; `anchor` (d,) is what it is measured against."""
         data = encode_manifest(manifest)
         self.manifests[job] = data
         spec = JobSpec(task=task or Task(loss="tokens"))
         await self.writer.append(job, JobOpened(job=job, spec=spec))
         digest = Adapter(data).digest()
         opened = EpochOpened(job=job, epoch=manifest.epoch, manifest=data, digest=digest)
+        if anchor is not None:
+            held = await blobs.put(self.link, self._at(job, anchor).to_bytes())
+            opened = msgspec.structs.replace(opened, anchor=held)
         await self.writer.append(job, opened)
 
     async def publish(
         self, job: str, round: int, values: NDArray[np.float64], *, digest: str = ""
     ) -> Adapter:
         """The adapter at `values` (d,) is published; `digest` pretends to another one."""
-        adapter = Adapter(self.manifests[job])
-        adapter.theta = np.round(values / UNIT).astype(np.int32)
+        adapter = self._at(job, values)
         adapter.round = round
         published = ModelPublished(
             job=job,
@@ -76,4 +85,9 @@ class Publisher:
             snapshot=await blobs.put(self.link, adapter.to_bytes()),
         )
         await self.writer.append(job, published)
+        return adapter
+
+    def _at(self, job: str, values: NDArray[np.float64]) -> Adapter:
+        adapter = Adapter(self.manifests[job])
+        adapter.theta = np.round(values / UNIT).astype(np.int32)
         return adapter

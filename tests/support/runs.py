@@ -5,11 +5,15 @@ from dataclasses import dataclass, field
 from services.aggregator.folding import Outcome
 from services.aggregator.opening import open_job
 from services.aggregator.state import JobState
+from shared.adapter import Adapter, next_epoch
+from shared.blobs import reference
+from shared.codec import encode_manifest
 from shared.messages import (
     BlobRef,
     DetailEvent,
     JobOpened,
     LogEvent,
+    OpenEpoch,
     RoundClosed,
     RoundOpened,
     SubmitJob,
@@ -29,6 +33,8 @@ class Run:
     )
     """Both streams in the order in which they were written."""
     sent: list[SubmitUpdate] = field(default_factory=list[SubmitUpdate])
+    blobs: dict[str, bytes] = field(default_factory=dict[str, bytes])
+    """What the store has for epochs to start with, by digest."""
     state: JobState = field(init=False)
 
     def __post_init__(self) -> None:
@@ -71,6 +77,28 @@ class Run:
         self.settle()
         return outcomes
 
+    def next_epoch(self) -> OpenEpoch:
+        """A request that the waiting job can be asked, with its blobs in the store."""
+        before = self.state.adapter
+        manifest = encode_manifest(next_epoch(before.manifest))
+        start = Adapter.placed(manifest, before.round, before.theta // 2).to_bytes()
+        anchor = Adapter.placed(manifest, before.round, before.theta // 3).to_bytes()
+        request = OpenEpoch(
+            job=self.submit.job,
+            manifest=manifest,
+            start=reference(start),
+            anchor=reference(anchor),
+        )
+        self.blobs |= {request.start.digest: start, reference(anchor).digest: anchor}
+        return request
+
+    def open_epoch(self, request: OpenEpoch) -> None:
+        start = self.blobs[request.start.digest]
+        anchor = None if request.anchor is None else self.blobs[request.anchor.digest]
+        self._log(self.state.decide_epoch(request, start, anchor))
+        self.state.begin(start)
+        self.settle()
+
     def overdue(self) -> None:
         for event in self.state.decide_close(overdue=True):
             self._log(event)
@@ -100,12 +128,15 @@ class Run:
     def _twin(self, history: list[tuple[str, LogEvent | DetailEvent]]) -> "Run":
         twin = object.__new__(Run)
         twin.submit, twin.sent, twin.history = self.submit, [], list(history)
+        twin.blobs = self.blobs
         twin.log = [event for _, event in history if isinstance(event, LogEvent)]
         twin.detail = [event for _, event in history if isinstance(event, DetailEvent)]
         assert isinstance(self.log[0], JobOpened)
         twin.state = JobState(self.log[0])
         for number, event in enumerate(twin.log):
             twin.state.evolve(event, number + 1)
+        if twin.state.start is not None:
+            twin.state.begin(self.blobs[twin.state.start.digest])
         for number, event in enumerate(twin.detail):
             twin.state.evolve(event, number + 1)
         return twin

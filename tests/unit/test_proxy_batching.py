@@ -44,9 +44,12 @@ def run(
     cells: int,
     length: Callable[[int], int],
     reads: int = 1000,
+    idle: int | None = None,
 ) -> tuple[Schedule, list[Sequence], int]:
     """Every prompt gets an answer; how many passes that took."""
-    schedule = Schedule(lanes=lanes, cells=cells, batch_tokens=BATCH, most_reads=reads)
+    schedule = Schedule(
+        lanes=lanes, cells=cells, batch_tokens=BATCH, most_reads=reads, idle_cells=idle
+    )
     cache = Cache(lanes, cells)
     sequences = [Sequence(prompt) for prompt in prompts]
     left = {sequence: length(index) for index, sequence in enumerate(sequences)}
@@ -60,6 +63,8 @@ def run(
             return schedule, sequences, count
         assert plan.size <= BATCH
         assert len({id(share.sequence) for share in plan.shares}) == len(plan.shares)
+        unused = [lane.held for lane in schedule.lanes if lane.sequence is None]
+        assert idle is None or sum(map(len, unused)) <= idle
         cache.make(plan)
         schedule.done(plan)
         for share in plan.shares:
@@ -77,11 +82,19 @@ texts = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=40), min_size=
 
 
 @settings(max_examples=300, deadline=None)
-@given(prompts=texts, lanes=st.integers(1, 5), cells=st.integers(60, 150))
+@given(
+    prompts=texts,
+    lanes=st.integers(1, 5),
+    cells=st.integers(60, 150),
+    idle=st.none() | st.integers(0, 80),
+)
 def test_every_answer_is_written_whatever_the_room(
-    prompts: list[list[int]], lanes: int, cells: int
+    prompts: list[list[int]], lanes: int, cells: int, idle: int | None
 ) -> None:
-    _, sequences, _ = run(prompts, lanes=lanes, cells=cells, length=lambda index: 1 + index % 20)
+    def length(index: int) -> int:
+        return 1 + index % 20
+
+    _, sequences, _ = run(prompts, lanes=lanes, cells=cells, length=length, idle=idle)
     for index, (prompt, sequence) in enumerate(zip(prompts, sequences, strict=True)):
         assert sequence.tokens[: len(prompt)] == prompt
         assert len(sequence.tokens) == len(prompt) + 1 + index % 20

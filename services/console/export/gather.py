@@ -17,7 +17,7 @@ from shared.engine.fitting import ARCHITECTURES, check_fit
 from shared.engine.gguf_file import Header, read_header
 from shared.errors import EngineError, TransientError
 from shared.log import read
-from shared.messages import LogEvent, Manifest, Variant
+from shared.messages import EpochOpened, LogEvent, Manifest, Variant
 
 FIRST_CHUNKS = 4
 """Of a model's file are read first; twice as many each time that its header goes on."""
@@ -70,6 +70,17 @@ async def history_of(streams: Streams, job: str) -> History:
     return history
 
 
+async def start_of(streams: Streams, epoch: EpochOpened) -> Adapter:
+    """The adapter that an epoch starts with.
+
+    Raises:
+        TransientError: its bytes are not to be had.
+    """
+    if epoch.start is None:
+        return Adapter(epoch.manifest)
+    return Adapter.from_bytes(epoch.manifest, await blobs.load(streams, epoch.start))
+
+
 async def adapter_at(streams: Streams, history: History, round: int, printer: Printer) -> Adapter:
     """The adapter after `round`: from the newest snapshot before it, and the commits from there.
 
@@ -77,7 +88,7 @@ async def adapter_at(streams: Streams, history: History, round: int, printer: Pr
         Failure: the log's commits do not lead to the log's digest.
     """
     _, epoch = history.opened()
-    adapter = Adapter(epoch.manifest)
+    adapter = await start_of(streams, epoch)
     for published in sorted(history.published, reverse=True):
         if published > round:
             continue

@@ -69,8 +69,10 @@ class History:
             Failure: that round has not closed.
         """
         if not self.closed:
+            epoch = self.epoch.epoch if self.epoch else 0
+            where = f" in epoch {epoch}" if epoch else ""
             raise Failure(
-                f"no round of job {self.job} has closed yet, so there is no adapter: "
+                f"no round of job {self.job} has closed yet{where}, so there is no adapter: "
                 f"see `seedwire job watch {self.job}`"
             )
         last = self.closed[-1].round

@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from services.console.export import names, soft_prompt
+from services.console.export import soft_prompt
 from services.console.export.tuned import Tuned
+from shared.engine import hub_names
 
 FOLDER = "peft"
 
@@ -24,7 +25,7 @@ def obstacle(tuned: Tuned) -> str:
             others += " and --form gguf the rest; one without the other is another adapter"
         return f"peft: it has no place for control vectors; {others}"
     architecture = tuned.adapter.manifest.architecture
-    nameless = [name for name in tuned.names if names.module(architecture, name) is None]
+    nameless = [name for name in tuned.names if hub_names.module(architecture, name) is None]
     if nameless:
         return (
             f"peft: {nameless[0]} is no matrix of Hugging Face's {architecture}; --form gguf has it"
@@ -35,16 +36,19 @@ def obstacle(tuned: Tuned) -> str:
 def write(tuned: Tuned, folder: Path) -> list[Path]:
     """`adapter_config.json` and `adapter_model.safetensors` (F32) are in `folder`/peft."""
     header = tuned.base.header
+    heads = hub_names.Heads(
+        int(header.number("attention.head_count")), int(header.number("attention.head_count_kv"))
+    )
     tensors: dict[str, NDArray[np.float32]] = {}
     ranks: dict[str, int] = {}
     for tensor, (a, b) in tuned.pairs().items():
-        module = names.module(header.architecture, tensor)
+        module = hub_names.module(header.architecture, tensor)
         assert module is not None, "there is an obstacle"
         ranks[module] = len(a)
         place = f"base_model.model.{module}"
         tensors[f"{place}.lora_A.weight"] = np.ascontiguousarray(a)
-        b = names.in_their_order(header, tensor, b)
-        tensors[f"{place}.lora_B.weight"] = np.ascontiguousarray(b)
+        rows = hub_names.their_rows(header.architecture, tensor, heads, len(b))
+        tensors[f"{place}.lora_B.weight"] = np.ascontiguousarray(b[rows])
     target = folder / FOLDER
     target.mkdir(parents=True, exist_ok=True)
     config = json.dumps(_config(tuned.base.name, ranks), indent=2)

@@ -64,7 +64,7 @@ class Tuned:
     def blocks(self) -> Adaptation:
         manifest, offsets = self.adapter.manifest, self.adapter.layout.offsets
         return Adaptation(
-            manifest.architecture, manifest.seed, manifest.epoch, manifest.blocks, offsets
+            manifest.architecture, manifest.seed, manifest.epoch_of_a, manifest.blocks, offsets
         )
 
     @property

@@ -5,20 +5,24 @@ from bisect import bisect_left
 _WEIGHT = 0.1
 _OUTLIER = 4.0
 """A pass that took so many times what is expected was held up by something else."""
+_PRIOR = 10.0
+_MEMORY = 50.0
+"""About so many passes of one size count, against so many of all sizes together."""
 
 
 class Curve:
     """Seconds of a pass by its tokens.
 
     Its shape is that of trials, between them a line, beyond them in proportion; it is scaled by
-    what passes in service took in comparison, of the same size where there were any.
+    what passes in service took in comparison, those of the same size first.
     """
 
     def __init__(self) -> None:
         self._trials: dict[int, float] = {}
         self._sizes: list[int] = []
-        self._factors: dict[int, float] = {}
-        self._factor = 1.0
+        self._scale = 1.0
+        self._own: dict[int, tuple[float, float]] = {}
+        """By size: how many passes count, and their mean scale."""
 
     def tried(self, size: int, seconds: float) -> None:
         """A trial; of several the shortest counts."""
@@ -28,16 +32,19 @@ class Curve:
 
     def measured(self, size: int, seconds: float) -> None:
         """A pass in service; there have been trials."""
-        factor = seconds / self._shape(size)
-        known = self._factors.get(size, self._factor)
-        if factor > _OUTLIER * known:
-            factor = _OUTLIER * known  # so that a lasting change is followed
-        self._factors[size] = known + _WEIGHT * (factor - known)
-        self._factor += _WEIGHT * (factor - self._factor)
+        scale = min(seconds / self._shape(size), _OUTLIER * self._scale_of(size))
+        self._scale += _WEIGHT * (scale - self._scale)
+        count, mean = self._own.get(size, (0.0, 0.0))
+        count = min(count + 1.0, _MEMORY)
+        self._own[size] = count, mean + (scale - mean) / count
 
     def seconds(self, size: int) -> float:
         """Of a pass of `size` tokens, at least one."""
-        return self._shape(size) * self._factors.get(size, self._factor)
+        return self._shape(size) * self._scale_of(size)
+
+    def _scale_of(self, size: int) -> float:
+        count, mean = self._own.get(size, (0.0, 0.0))
+        return (count * mean + _PRIOR * self._scale) / (count + _PRIOR)
 
     def _shape(self, size: int) -> float:
         place = bisect_left(self._sizes, size)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from services.proxy_inference.batching import Plan, Schedule, Sequence, Share
+from services.proxy_inference.batching import Forget, Plan, Schedule, Sequence, Share
 from services.proxy_inference.ensemble.combining import divergence, steer
 from services.proxy_inference.ensemble.costs import Curve
 from services.proxy_inference.ensemble.counts import Counts
@@ -30,7 +30,7 @@ from services.proxy_inference.speaking import Heard, Room, Settled, parted
 
 Rows = NDArray[np.float32]
 
-_SIZES = (1, 2, 4, 8, 3, 6, 16, 5, 12, 7, 10)
+_SIZES = (1, 2, 4, 8, 16, 3, 32, 6, 5, 12, 24, 48, 10)
 """Of the passes that are timed before anyone is served, as far as the time lets it."""
 _LEAST_SIZES = 3
 _TRIALS = 6
@@ -40,6 +40,10 @@ _EVERY = 16
 _TRY_EVERY = 64
 """And so often something is drafted that does not seem to pay: what it costs may have changed."""
 _TRIED = 3
+_AHEAD = 3
+"""So many drafts more are looked at, to see whether the next one is worth its price."""
+_SOME = 4
+"""Of the sequences in a pass, about one in so many is sure enough to draft."""
 
 
 @dataclass(eq=False, slots=True)
@@ -76,17 +80,20 @@ def _try(models: list[_Timed]) -> None:
     """The curves' trials. The models take turns, as in service: each finds the processor's caches
     full of another's weights."""
     began = time.perf_counter()
+    lanes = [int(model.generation.occupy()) for model in models]
+    sizes = [size for size in _SIZES if size <= min(m.generation.room.cells for m in models) // 2]
     for turn in range(_TRIALS):
-        for number, size in enumerate(_SIZES):
+        for number, size in enumerate(sizes):
             if time.perf_counter() - began > _TRIALS_S and (turn or number >= _LEAST_SIZES):
-                return
-            for model in models:
-                generation = model.generation
-                plan = generation.trial(min(size, generation.room.cells))
+                break
+            for model, lane in zip(models, lanes, strict=True):
+                plan = model.generation.trial(size, lane)
                 start = time.perf_counter()
-                generation.decode(plan)
-                model.curve.tried(plan.size, time.perf_counter() - start)
-                generation.clear()
+                model.generation.decode(plan)
+                model.curve.tried(size, time.perf_counter() - start)
+                model.generation.decode(Plan([Forget(lane, 0)]))
+    for model in models:
+        model.generation.clear()
 
 
 class Ensemble:
@@ -105,6 +112,7 @@ class Ensemble:
         self.room: Room = large.room
         self.limit = min(one.limit for one in (large, tuned, base) if one is not None)
         self.most_reads = large.most_reads
+        self.idle_cells = min(one.idle_cells for one in (large, tuned, base) if one is not None)
         self._large = _Timed(large)
         self._tuned = _Timed(tuned) if tuned else None
         self._base = _Timed(base) if base else None
@@ -233,17 +241,17 @@ class Ensemble:
         return True
 
     def _prices(self, size: int, writing: int) -> Prices:
-        """Of the next drafts of one of `writing` sequences, if the others draft as much."""
+        """Of the next drafts of one of `writing` sequences, of which some will draft as much."""
         assert self._tuned is not None
         assert self._base is not None
-        ahead = self._tuned.curve.seconds(writing) / writing
+        some = -(-writing // _SOME)
+        ahead = self._tuned.curve.seconds(some) / some
         large, base = self._large.curve, self._base.curve
-        drafts = [
-            (large.seconds(size + j * writing) + base.seconds(size + j * writing)) / writing
-            + j * ahead
-            for j in range(4)
-        ]
-        return Prices(drafts, self._rate.token or drafts[0] + ahead)
+        sizes = [size + j * some for j in range(_AHEAD + 1)]
+        verified = [(large.seconds(one) + base.seconds(one)) / some for one in sizes]
+        drafts = [cost + j * ahead for j, cost in enumerate(verified)]
+        token = (verified[0] * some + self._tuned.curve.seconds(writing)) / writing
+        return Prices(drafts, self._rate.token or token)
 
     def _steered(self, large: list[Heard], base: Rows) -> list[Heard]:
         self._counts.passes += 1

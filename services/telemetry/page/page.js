@@ -47,7 +47,7 @@ function drawFigures() {
   const job = chosen(), fleet = known.fleet, rounds = byRound(known.rounds);
   const planned = job.rounds_planned ? ` of ${count(job.rounds_planned)}` : "";
   // Rounds that closed without a step are not among those planned, nor is the evaluation at the end.
-  const without = (job.closed?.more ?? 0) + (job.closed?.abandoned ?? 0);
+  const without = (job.closed?.more ?? 0) + (job.closed?.abandoned ?? 0) + (job.rounds_before ?? 0);
   const round = Math.min(job.round - without, job.rounds_planned || Infinity);
   write("figure-round", job.job === undefined ? "–" : count(round), planned);
   $("progress").value = job.rounds_planned ? round / job.rounds_planned : 0;
@@ -59,7 +59,7 @@ function drawFigures() {
   say($("sub-heldout"), last ? `${figure(first.loss ?? 0)} at round ${first.round}` : "not measured yet");
   const method = [job.method, job.how].filter(Boolean).join(", ");
   const status = job.status === "ended" ? `ended (${job.reason})` : job.status;
-  say($("about"), !known.jobs.size ? "no job yet: `seedwire job submit` starts one" : [status, method, job.epoch ? `epoch ${job.epoch}` : ""].filter(Boolean).join(" · "));
+  say($("about"), !known.jobs.size ? "no job yet: `seedwire job submit` starts one" : [status, method, epoch(job), distilled(job.distilled)].filter(Boolean).join(" · "));
   write("figure-late", count(rounds.reduce((sum, row) => sum + (row.late ?? 0), 0)));
   if (!fleet) return;
   const refused = (fleet.settled.rejected ?? 0) + (fleet.settled.too_late ?? 0);
@@ -69,6 +69,21 @@ function drawFigures() {
   say($("sub-devices"), trouble.join(", ") || (fleet.devices ? "no problem" : "none known"));
   write("figure-bytes", bytes(fleet.links.link_bytes_in + fleet.links.link_bytes_out));
   say($("sub-bytes"), `↑ ${bytes(fleet.links.link_bytes_out)}  ↓ ${bytes(fleet.links.link_bytes_in)}`);
+}
+
+// Epochs as people count them; nothing of a job that has only one.
+function epoch(job) {
+  if ((job.epochs ?? 1) < 2 && !job.epoch) return "";
+  const waits = job.status === "waiting" ? ", the next by `seedwire distil`" : "";
+  return `epoch ${count(job.epoch + 1)} of ${count(job.epochs)}${waits}`;
+}
+
+// Both together tell a distillation that sharpens without evidence: entropy falls, loss rises.
+function distilled(made) {
+  if (!made) return "";
+  const pairs = [["held-out loss", "held_out_loss"], ["teacher's entropy", "teacher_entropy"]];
+  const told = pairs.filter(([, name]) => typeof made[`${name}_after`] === "number");
+  return `distilled: ${told.map(([title, name]) => `${title} ${figure(made[`${name}_before`])} → ${figure(made[`${name}_after`])}`).join(", ")}`;
 }
 
 function write(id, text, more = "") {

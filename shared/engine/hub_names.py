@@ -6,13 +6,13 @@ head apart.
 """
 
 import re
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from services.console.failure import Failure
 from shared.engine.fitting import OUTPUT
-from shared.engine.gguf_file import Header
+from shared.errors import EngineError
 
 _MODULES = {
     "attn_q": "self_attn.q_proj",
@@ -30,7 +30,18 @@ _FUSED = {
     "ffn_down": "mlp.down_proj",
 }
 _IN_LAYER = re.compile(r"^blk\.(\d+)\.(\w+)\.weight$")
-_ROTATED = {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"}
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """A model's attention heads, and those that have keys of their own; 0: as many."""
+
+    queries: int
+    keys: int
+
+    def of(self, part: str) -> int:
+        """How many heads the rows of matrix `part` are; 0 where it is not rotated."""
+        return {"attn_q": self.queries, "attn_k": self.keys or self.queries}.get(part, 0)
 
 
 def module(architecture: str, tensor: str) -> str | None:
@@ -42,17 +53,18 @@ def module(architecture: str, tensor: str) -> str | None:
     return f"model.layers.{found[1]}.{part}" if found and part else None
 
 
-def in_their_order(header: Header, tensor: str, b: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The rows of `b` (d_out, rank), which are those of `tensor`, as Hugging Face keeps them.
+def their_rows(architecture: str, tensor: str, heads: Heads, count: int) -> NDArray[np.int64]:
+    """Which of a GGUF tensor's `count` rows Hugging Face keeps at each place: (count,).
 
     Raises:
-        Failure: the model's heads do not divide its rows.
+        EngineError: the model's heads do not divide its rows.
     """
+    rows = np.arange(count)
     found = _IN_LAYER.match(tensor)
-    if header.architecture != "llama" or not found or found[2] not in _ROTATED:
-        return b
-    heads = int(header.number(_ROTATED[found[2]]) or header.number("attention.head_count"))
-    if not heads or len(b) % (2 * heads):
-        raise Failure(f"{tensor} has {len(b)} rows and {heads} heads: no llama that we know")
-    rows = np.arange(len(b)).reshape(heads, -1, 2).swapaxes(1, 2).ravel()
-    return b[rows]
+    part = found[2] if found else ""
+    if architecture != "llama" or part not in ("attn_q", "attn_k"):
+        return rows
+    number = heads.of(part)
+    if not number or count % (2 * number):
+        raise EngineError(f"{tensor} has {count} rows and {number} heads: no llama that we know")
+    return rows.reshape(number, -1, 2).swapaxes(1, 2).ravel()
