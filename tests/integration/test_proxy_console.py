@@ -61,6 +61,10 @@ async def test_one_answer_is_printed_or_is_json_and_a_pipe_is_a_message(
         code, text = await seedwire(proxy, "chat", "--model", "x", "-m", "y", "--json", key="open")
         assert code == 1
         assert "no model 'x'" in json.loads(text)["error"]
+        for way, wanted in (("small", 0), ("ensemble", 1)):
+            said = ("chat", "-m", "hello", "--mode", way, *options)
+            code, text = await seedwire(proxy, *said, key="open")
+            assert (code, "start the proxy with --large" in text) == (wanted, bool(wanted))
         url = proxy.url
         proxy.url = "http://127.0.0.1:9"
         code, text = await seedwire(proxy, "chat", "-m", "hello")

@@ -1,6 +1,7 @@
 """What a pass of so many tokens costs, as measured: the verification curve v(g). Pure."""
 
 from bisect import bisect_left
+from dataclasses import dataclass, field
 
 _WEIGHT = 0.1
 _OUTLIER = 4.0
@@ -23,6 +24,11 @@ class Curve:
         self._scale = 1.0
         self._own: dict[int, tuple[float, float]] = {}
         """By size: how many passes count, and their mean scale."""
+
+    @property
+    def known(self) -> bool:
+        """Whether there have been trials."""
+        return bool(self._sizes)
 
     def tried(self, size: int, seconds: float) -> None:
         """A trial; of several the shortest counts."""
@@ -56,3 +62,12 @@ class Curve:
         below = self._sizes[place - 1]
         low, high = self._trials[below], self._trials[above]
         return low + (high - low) * (size - below) / (above - below)
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Of the three models: versions differ in numbers, not in what they cost."""
+
+    large: Curve = field(default_factory=Curve)
+    tuned: Curve = field(default_factory=Curve)
+    base: Curve = field(default_factory=Curve)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from services.proxy_inference.batching import Forget, Plan, Schedule, Sequence, Share
 from services.proxy_inference.ensemble.combining import divergence, steer
-from services.proxy_inference.ensemble.costs import Curve
+from services.proxy_inference.ensemble.costs import Curve, Curves
 from services.proxy_inference.ensemble.counts import Counts
 from services.proxy_inference.ensemble.drafting import (
     MOST_DRAFTS,
@@ -64,9 +64,9 @@ class _Line:
 class _Timed:
     """A model with its cost curve."""
 
-    def __init__(self, generation: Generation) -> None:
+    def __init__(self, generation: Generation, curve: Curve) -> None:
         self.generation = generation
-        self.curve = Curve()
+        self.curve = curve
 
     def decode(self, plan: Plan) -> Rows:
         began = time.perf_counter()
@@ -105,18 +105,21 @@ class Ensemble:
         tuned: Generation | None,
         base: Generation | None,
         counts: Counts,
+        curves: Curves,
         *,
         speculates: bool,
     ) -> None:
-        """Without small models nothing is steered."""
+        """Without small models nothing is steered. What `curves` do not know yet is tried."""
         self.room: Room = large.room
         self.limit = min(one.limit for one in (large, tuned, base) if one is not None)
         self.most_reads = large.most_reads
         self.idle_cells = min(one.idle_cells for one in (large, tuned, base) if one is not None)
-        self._large = _Timed(large)
-        self._tuned = _Timed(tuned) if tuned else None
-        self._base = _Timed(base) if base else None
-        _try([one for one in (self._large, self._tuned, self._base) if one])
+        self._large = _Timed(large, curves.large)
+        self._tuned = _Timed(tuned, curves.tuned) if tuned else None
+        self._base = _Timed(base, curves.base) if base else None
+        models = [one for one in (self._large, self._tuned, self._base) if one]
+        if not all(model.curve.known for model in models):
+            _try(models)
         self._counts = counts
         self._speculates = speculates
         self._acceptance = {True: Acceptance(), False: Acceptance()}

@@ -1,5 +1,6 @@
 """The large model in this process, and ensembles over it."""
 
+from services.proxy_inference.ensemble.costs import Curves
 from services.proxy_inference.ensemble.counts import Counts
 from services.proxy_inference.ensemble.ensemble import Ensemble
 from services.proxy_inference.generation import Generation, Weights
@@ -19,6 +20,8 @@ class Large:
         self.digest = file.digest
         self.counts = counts
         self._weights = Weights(file, tuned=False)
+        self._curves: dict[str, Curves] = {}
+        """By the small model's digest."""
         self._speculates = speculates
 
     def check(self, small: Weights) -> None:
@@ -54,7 +57,8 @@ class Large:
                 opened.append(Generation(small, anchor, room))
             large, tuned, base = [*opened, None, None][:3]
             assert large is not None
-            return Ensemble(large, tuned, base, self.counts, speculates=self._speculates)
+            curves = self._curves.setdefault(small.digest, Curves())
+            return Ensemble(large, tuned, base, self.counts, curves, speculates=self._speculates)
         except EngineError:
             for generation in opened:
                 generation.close()
