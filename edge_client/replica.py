@@ -131,13 +131,13 @@ class Replica:
         self._life = life
         device.opened(opened)
         standing = Standing(round=0, digest=opened.digest)
-        if epoch.start is not None:
-            try:
+        try:
+            if epoch.start is not None:
                 standing = await self._restored(epoch.start)
-            except TransientError:
-                self.lose()  # it stands where the log never was
-                raise
-        self._stand(sequence, epoch.epoch, standing, epoch.digest)
+            self._stand(sequence, epoch.epoch, standing, epoch.digest)
+        except BaseException:
+            self.lose()  # it stands where the log never was, and `position` is of the epoch before
+            raise
         log.info("job_opened", job=self._job, epoch=epoch.epoch, rows=opened.rows, model=model.name)
 
     async def restore(self, snapshot: ModelPublished, sequence: int) -> bool:

@@ -36,6 +36,8 @@ RETRY_S = 120.0
 """So long a job that was given up counts as a problem; then the scheduler may try again."""
 ENDED_SPREAD_S = 2.0
 """Within this all devices of a job that has ended ask what is next."""
+UNSURE_S = 60.0
+"""A report that is older than this when the link comes back was heard."""
 
 log = get("edge")
 
@@ -59,6 +61,7 @@ class Edge:
         self.counters = Counters()
         self._report_due = asyncio.Event()
         self._told = b""
+        self._told_at = 0.0
         self._engine = Engine(process, self.counters, timeout_s=settings.work_timeout_s)
         self._models = Models(settings.models, Path(settings.state_dir), streams, self.counters)
         self._about = About(settings, self.counters, self._models.known, self._report_due.set)
@@ -115,7 +118,7 @@ class Edge:
                 working = group.create_task(self._working.run(stop))
                 tasks = [
                     working,
-                    group.create_task(self._outbox.settling(settlements, self._woken)),
+                    group.create_task(self._outbox.settling(settlements, self._back)),
                     group.create_task(self._outbox.resending()),
                     group.create_task(self._waking(calls)),
                     group.create_task(self._reporting()),
@@ -191,6 +194,12 @@ class Edge:
     def _woken(self) -> None:
         self._working.wake.set()
 
+    def _back(self) -> None:
+        """The link was broken and is there again; what was said just before may be lost."""
+        self._woken()
+        if self._clock.now() - self._told_at < UNSURE_S:
+            self._report_due.set()
+
     async def _waking(self, calls: AsyncIterator[Delivery]) -> None:
         async for delivery in calls:
             try:
@@ -231,6 +240,7 @@ class Edge:
         self.counters.put("link_bytes_in", traffic.bytes_in)
         self.counters.put("link_bytes_out", traffic.bytes_out)
         data = self._told = encode(self._about.report())
+        self._told_at = self._clock.now()
         try:
             await self._bus.publish(subjects.report(self._settings.device), data)
         except TransientError as error:

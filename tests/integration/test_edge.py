@@ -7,6 +7,8 @@ import sys
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import msgpack
 import numpy as np
@@ -46,6 +48,7 @@ from shared.messages import (
 )
 from shared.nats_bus import connect
 from tests.support.broker import BrokerProcess
+from tests.support.proxy import start_proxy
 from tests.support.waiting import wait_until
 
 DEVICE = "dev-1"
@@ -370,6 +373,28 @@ async def test_a_job_that_ends_is_let_go_at_its_final_position(
         )
         await wait_until(lambda: fleet.report.positions.get("job") == f"2:{digest}")
         await wait_until(lambda: len(fleet.requests) > asked, what="asks what is next")
+
+
+async def test_a_report_that_went_down_with_the_link_is_said_again(
+    fleet: Fleet, broker: BrokerProcess, tmp_path: Path, model: Path
+) -> None:
+    await fleet.open_job("job", model)
+    port = int(broker.url.rpartition(":")[2])
+    async with start_proxy(port) as link:
+        through = cast("BrokerProcess", SimpleNamespace(url=f"nats://127.0.0.1:{link.port}"))
+        async with daemon(tmp_path, through, "--models", str(model)):
+            await fleet.assign(fleet.work("job"))
+            await wait_until(lambda: len(fleet.updates) == 1)
+            heard = len(fleet.reports)
+            link.swallow_requests()
+            await fleet.close_round("job")
+            digest = fleet.adapters["job"].digest()
+            ended = JobEnded(job="job", epoch=0, round=1, reason="finished", digest=digest)
+            await fleet.append("job", ended)
+            await asyncio.sleep(0.5)
+            assert len(fleet.reports) == heard, "what it says of the end is lost"
+            link.cut()
+            await wait_until(lambda: fleet.report.positions.get("job") == f"1:{digest}")
 
 
 async def test_a_late_joiner_takes_the_snapshot_and_proves_it(

@@ -25,6 +25,10 @@ class Proxy:
         """From now on nothing comes back over the connections there are."""
         self._deaf |= self._clients
 
+    def swallow_requests(self) -> None:
+        """From now on nothing goes out over the connections there are."""
+        self._deaf |= self._writers - self._clients
+
     def cut(self) -> None:
         """Break every connection there is."""
         for writer in self._writers:
