@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from services.aggregator.methods import METHODS
 from shared.adapter import Adapter
+from shared.codec import decode_manifest
 from shared.dataset import check_task
 from shared.errors import EngineError, MalformedMessage, RejectError
 from shared.messages import (
@@ -63,8 +64,6 @@ def open_epoch(
     manifest, number = Adapter(message.manifest).manifest, before.manifest.epoch + 1
     if manifest.epoch != number:
         raise RejectError(f"the manifest is of epoch {manifest.epoch}, next is epoch {number}")
-    if manifest.epoch_of_a > number:
-        raise RejectError(f"a_epoch {manifest.epoch_of_a} is later than the epoch itself, {number}")
     if manifest.architecture != before.manifest.architecture:
         raise RejectError(
             f"the manifest is for {manifest.architecture}, the job tunes a model of architecture"
@@ -91,6 +90,15 @@ def open_epoch(
     )
 
 
+def most_snapshot_bytes(manifest: bytes) -> int:
+    """What a snapshot of an adapter of `manifest` (encoded) may have: theta, V, some words.
+
+    Raises:
+        MalformedMessage: it is no manifest.
+    """
+    return 12 * decode_manifest(manifest).d + 1024
+
+
 def _snapshot(name: str, manifest: bytes, data: bytes) -> Adapter:
     try:
         return Adapter.from_bytes(manifest, data)
@@ -100,6 +108,10 @@ def _snapshot(name: str, manifest: bytes, data: bytes) -> Adapter:
 
 def _check_adapter(tuning: Tuning, manifest: Manifest) -> None:
     """Find a manifest that the job's tuning cannot move."""
+    if manifest.epoch_of_a > manifest.epoch:
+        raise RejectError(
+            f"a_epoch {manifest.epoch_of_a} is later than the epoch itself, {manifest.epoch}"
+        )
     METHODS[tuning.method].check(tuning, manifest)
     if (tuning.momentum > 0) != (manifest.update_rule == "momentum"):
         raise RejectError("momentum and the manifest's update_rule disagree")

@@ -6,7 +6,8 @@ from contextlib import aclosing
 
 from services.aggregator.config import Settings
 from services.aggregator.folding import Outcome
-from services.aggregator.opening import open_job
+from services.aggregator.opening import most_snapshot_bytes, open_job
+from services.aggregator.starts import Starts
 from services.aggregator.state import EVALUATION_ROUNDS, JobState
 from shared import blobs, subjects
 from shared.bus import Bus, Delivery, Stored, Streams
@@ -63,6 +64,7 @@ class Aggregator:
         self._opened_at: dict[str, float] = {}
         self._unpublished = ""
         """Why a snapshot that is due cannot be stored now."""
+        self._starts = Starts(streams, clock)
         self._log: LogWriter
         self._detail: LogWriter
 
@@ -81,7 +83,7 @@ class Aggregator:
                         self.counters,
                         self._clock,
                         self._settings.report_every_s,
-                        lambda: self._log.problem or self._detail.problem or self._unpublished,
+                        self._problem,
                     )
                 ),
             ]
@@ -112,8 +114,7 @@ class Aggregator:
         for name, job in self.jobs.items():
             if job.ended:
                 continue
-            if job.start is not None:
-                job.begin(await self._start_of(name, job.start))
+            await settle(self._starts.bring(job), self.counters, what="start")
             # Older rounds than these can have no latecomers any more.
             closes = counted.get(name, [])[: -EVALUATION_ROUNDS - 2]
             after = closes[-1] if closes else 0
@@ -125,19 +126,16 @@ class Aggregator:
                 async for sequence, detail in details:
                     job.evolve(detail, sequence)
 
-    async def _start_of(self, name: str, ref: BlobRef) -> bytes:
-        """What the epoch of a job starts with. It is in the store as long as the log is."""
-
-        async def load() -> bytes:
-            return await blobs.load(self._streams, ref)
-
-        return await patiently(load, f"start of job {name}")
-
     async def _last_detail(self, subject: str) -> int:
         async def last() -> int:
             return await self._streams.last_sequence(subjects.DETAIL_STREAM, subject)
 
         return await patiently(last, "last_sequence")
+
+    def _problem(self) -> str:
+        """What keeps the aggregator from doing all of its work; empty if nothing does."""
+        problems = (self._log.problem, self._detail.problem, self._unpublished)
+        return next(filter(None, problems), self._starts.problem)
 
     # ---- what comes in
 
@@ -191,6 +189,7 @@ class Aggregator:
         if job is None or job.ended or not job.begun:
             raise RejectError(f"no job {request.job!r} is running; see `seedwire job list`")
         async with self._turn:
+            await self._bring(job)
             await self._go_on(job)
             for event in job.decide_stop():
                 await self._commit(event)
@@ -201,9 +200,11 @@ class Aggregator:
         job = self.jobs.get(request.job)
         if job is None or job.ended or not job.begun:
             raise RejectError(f"no job {request.job!r} is running; see `seedwire job list`")
-        start = await self._named("start", request.start)
-        anchor = request.anchor and await self._named("anchor", request.anchor)
+        most = most_snapshot_bytes(request.manifest)
+        start = await self._named("start", request.start, most)
+        anchor = request.anchor and await self._named("anchor", request.anchor, most)
         async with self._turn:
+            await self._bring(job)
             await self._go_on(job)
             event = job.decide_epoch(request, start, anchor)
             await self._commit(event)
@@ -212,7 +213,18 @@ class Aggregator:
             await settle(self._go_on(job), self.counters, what="job")
         return JobAccepted(job=request.job)
 
-    async def _named(self, name: str, ref: BlobRef) -> bytes:
+    async def _bring(self, job: JobState) -> None:
+        """As `Starts.bring`, for somebody who waits for an answer."""
+        try:
+            await self._starts.bring(job)
+        except TransientError as error:
+            raise RejectError(f"{error}; then ask again") from error
+
+    async def _named(self, name: str, ref: BlobRef, most: int) -> bytes:
+        if ref.size_bytes > most:
+            raise RejectError(
+                f"{name} has {ref.size_bytes} bytes; an adapter of the manifest has {most} at most"
+            )
         try:
             return await blobs.load(self._streams, ref)
         except TransientError as error:
@@ -279,7 +291,8 @@ class Aggregator:
                 reason = f"job {name!r} is unknown here"
                 await self._settle(updates, [Outcome("rejected", reason)] * len(updates))
                 return
-            if job.open is None and not job.ended:  # an earlier turn was cut short
+            # An earlier turn was cut short. Without a start the job cannot go on, but it can count.
+            if job.open is None and not job.ended and job.start is None:
                 await self._go_on(job)
             event, outcomes = job.decide_updates(updates)
             if event is not None:
@@ -294,12 +307,14 @@ class Aggregator:
             for job in list(self.jobs.values()):
                 opened = job.open
                 overdue = opened and now - self._opened_at[job.job] >= opened.deadline_s
-                if job.begun and not job.ended and (overdue or not opened):
+                asleep = not job.begun or job.ended or self._starts.put_off(job)
+                if not asleep and (overdue or not opened):
                     await settle(self._overdue(job, opened), self.counters, what="deadline")
             await self._clock.sleep(TICK_S)
 
     async def _overdue(self, job: JobState, opened: RoundOpened | None) -> None:
         async with self._turn:
+            await self._starts.bring(job)
             if opened is not None and job.open is opened:
                 for event in job.decide_close(overdue=True):
                     await self._commit(event)
@@ -312,6 +327,7 @@ class Aggregator:
 
         The caller holds `_turn` over this and what led to it: nobody sees a job between two rounds.
         """
+        await self._starts.bring(job)
         while True:
             published = await self._publish(job)
             events = job.decide_next()
@@ -336,7 +352,8 @@ class Aggregator:
         await self._commit(job.decide_published(reference))
         try:
             for outdated in job.outdated_snapshots:
-                await blobs.delete(self._streams, outdated)
+                if not any(outdated in other.needed for other in self.jobs.values()):
+                    await blobs.delete(self._streams, outdated)
         except TransientError as error:  # it is named again when the next one is published
             log.warning("snapshot_not_removed", job=job.job, error=str(error))
         return True

@@ -58,6 +58,10 @@ class JobState:
         self._theta: Adapter | None = None
         self._manifest = b""
         self._epoch_sequence = 0
+        self._digest = ""
+        """Of theta, as the log has it."""
+        self._begun_with: list[BlobRef] = []
+        """Starts and anchors of all its epochs: each is needed by whoever reads the log."""
         self.start: BlobRef | None = None
         """Where theta begins, as long as nobody has brought its bytes; see `begin`."""
         self._behind: list[RoundClosed] = []
@@ -167,9 +171,9 @@ class JobState:
         if not self.waiting:
             summary = self.summary()
             raise RejectError(
-                f"job {self.job} is {summary.status} in epoch {summary.epoch} of"
-                f" {self.spec.epochs} (counted from 0) and waits for no other; it does when the"
-                " rounds of an epoch that is not the last are done"
+                f"job {self.job} is {summary.status} in epoch {summary.epoch + 1} of"
+                f" {self.spec.epochs} and waits for no other; it does when the rounds of an epoch"
+                " that is not the last are done"
             )
         return open_epoch(request, self.spec, self.adapter, start, anchor)
 
@@ -190,6 +194,11 @@ class JobState:
         """Snapshots that newer ones pushed out, unless a kept one holds the same bytes."""
         kept, older = self.snapshots[-KEPT_SNAPSHOTS:], self.snapshots[:-KEPT_SNAPSHOTS]
         return [snapshot for snapshot in older if snapshot not in kept]
+
+    @property
+    def needed(self) -> list[BlobRef]:
+        """What the store must keep for the job."""
+        return [*self._begun_with, *self.snapshots[-KEPT_SNAPSHOTS:]]
 
     # ---- evolve
 
@@ -236,7 +245,7 @@ class JobState:
             epochs=self.spec.epochs,
             round=self.round,
             rounds=self.spec.tuning.rounds,
-            digest=self.ended.digest if self.ended else self.adapter.digest(),
+            digest=self.ended.digest if self.ended else self._digest,
             reason=self.ended.reason if self.ended else "",
             accuracy=evaluated.correct / evaluated.examples
             if evaluated and evaluated.examples
@@ -391,12 +400,14 @@ class JobState:
     def _evolve_epoch(self, event: EpochOpened, sequence: int) -> None:
         """Nothing of the epoch before is of use any more: its latecomers would move nothing."""
         self._theta, self._manifest = Adapter(event.manifest), event.manifest
-        self._epoch_sequence, self.start = sequence, event.start
+        self._epoch_sequence, self.start, self._digest = sequence, event.start, event.digest
+        self._begun_with += filter(None, (event.start, event.anchor))
         self._behind, self.rounds, self.carried = [], {}, []
         self._roster.forget([])
         self.commits = self.abandoned_in_a_row = 0
         self.finished = self.snapshot_due = False
         self._newest = self._importance = self._successor = None
+        self.reported_round = self.round  # an epoch is opened after the report of the one before
 
     def _evolve_closed(self, event: RoundClosed) -> None:
         record = self.rounds.get(event.round)
@@ -408,7 +419,7 @@ class JobState:
         else:
             self._behind.append(event)
         self.open = None
-        self.round = event.round
+        self.round, self._digest = event.round, event.digest
         self.detail_sequence = max(self.detail_sequence, event.detail_sequence)
         self.carried.append(event.round)
         if not (event.more or (event.reason == "abandoned" and len(self.carried) > 1)):

@@ -75,6 +75,7 @@ def distil(
         typer.Option(
             "--lambda",
             min=0.0,
+            max=100.0,
             help="Weight of the public rows' own answers (0.5).",
             rich_help_panel=LEARNING,
         ),

@@ -110,13 +110,13 @@ class Progress:
         """What the epoch that has just begun starts with."""
         made = self.distilled
         if made is None:
-            return f"epoch {self.epoch} begins"
+            return f"epoch {self.epoch + 1} begins"
         losses = [("held-out loss", made.held_out_loss_before, made.held_out_loss_after)]
         losses.append(("ensemble's loss", made.ensemble_loss_before, made.ensemble_loss_after))
         before, after = made.teacher_entropy_before, made.teacher_entropy_after
         losses.append(("teacher's entropy", before, after))
         told = [f"{name} {_number(old)} -> {_number(new)}" for name, old, new in losses]
-        return f"epoch {self.epoch} begins distilled: {', '.join(told)}"
+        return f"epoch {self.epoch + 1} begins distilled: {', '.join(told)}"
 
     def curve(self) -> tuple[str, list[float]]:
         """What tells best how well the job goes, by name, and its values so far."""

@@ -180,9 +180,9 @@ async def _explain(bus: Bus, progress: Progress, waiting: Waiting, tell: Tell) -
         if progress.waits:
             if said != progress.epoch:
                 tell(
-                    f"epoch {progress.epoch} is done, and the job waits for the next: `seedwire "
-                    f"distil {progress.job}` opens it, `seedwire job stop {progress.job}` ends "
-                    "the job"
+                    f"epoch {progress.epoch + 1} of {progress.epochs} is done, and the job waits "
+                    f"for the next: `seedwire distil {progress.job}` opens it, `seedwire job stop "
+                    f"{progress.job}` ends the job"
                 )
                 said = progress.epoch
         elif progress.untouched:

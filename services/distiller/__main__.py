@@ -24,6 +24,7 @@ class Opened(msgspec.Struct):
 
     job: str
     epoch: int
+    """Counted from 0, as in the log."""
     distilled: Distilled
     forced: str = ""
     """What spoke against it."""
@@ -78,12 +79,12 @@ async def run(settings: Settings) -> Opened:
             ) from error
         made = await asyncio.to_thread(working.work, job, settings, _say)
         obstacle = working.obstacle(made)
-        if obstacle and not settings.force:
-            raise Failure(obstacle)
+        if obstacle is not None and not settings.force:
+            raise Failure(str(obstacle))
         epoch = await open_epoch(bus, job, made.start, made.anchor, made.figures)
     finally:
         await bus.close()
-    return Opened(settings.job, epoch, made.figures, obstacle)
+    return Opened(settings.job, epoch, made.figures, "" if obstacle is None else obstacle.why)
 
 
 def _check(settings: Settings) -> None:
@@ -118,7 +119,7 @@ def _result(opened: Opened, *, as_json: bool) -> str:
         ("ensemble's entropy", made.teacher_entropy_before, made.teacher_entropy_after),
         ("divergence from its teacher", made.kl_before, made.kl_after),
     ]
-    lines = [f"job {opened.job} goes on in epoch {opened.epoch}"]
+    lines = [f"job {opened.job} goes on in epoch {opened.epoch + 1}"]
     lines += [f"{name}: {_figure(old)} -> {_figure(new)}" for name, old, new in rows]
     if opened.forced:
         lines.append(f"forced, although {opened.forced}")

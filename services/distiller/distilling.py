@@ -99,11 +99,15 @@ def distil(
         part = step / max(settings.steps - 1, 1)
         for group in optimizer.param_groups:
             group["lr"] = settings.rate * (1.0 - part * (1.0 - settings.final_rate))
-        loss = _loss(student, rows, public, large, shares, settings)
         optimizer.zero_grad()
-        loss.backward()
+        examples, loss = [public.examples[row] for row in rows], 0.0
+        positions = sum(len(one.targets) for one in examples)
+        for some in student.runs(examples):  # all logits at once may be more than there is memory
+            share = _loss(student, rows[some], public, large, shares, settings) / positions
+            share.backward()
+            loss += share.item()
         optimizer.step()
-        told(step + 1, loss.item())
+        told(step + 1, loss)
     return student.values()
 
 
@@ -193,7 +197,7 @@ def _loss(
     shares: Tensor,
     settings: Settings,
 ) -> Tensor:
-    """The mean over the batch's positions."""
+    """The sum over the positions of `rows`."""
     starts = public.starts
     at = np.concatenate([np.arange(starts[row], starts[row + 1]) for row in rows])
     logits = student.logits([public.examples[row] for row in rows]).float()
@@ -207,12 +211,12 @@ def _loss(
     else:
         teacher = teacher[:, :-1]
     gap = teacher - log_softmax(buckets, dim=1)
-    loss = settings.temperature**2 * (teacher.exp() * gap).sum(dim=1).mean()
+    loss = settings.temperature**2 * (teacher.exp() * gap).sum()
     targets = public.targets[at]
     known = targets != UNKNOWN
     if settings.answers and known.any():
         among = logits.gather(1, ids) if public.choices else logits
         right = torch.from_numpy(targets[known]).to(logits.device)
         entropy = cross_entropy(among[known], right, reduction="sum")
-        loss = loss + settings.answers / len(at) * entropy
+        loss = loss + settings.answers * entropy
     return loss

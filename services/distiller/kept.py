@@ -84,5 +84,5 @@ def _read(path: Path) -> Buckets | None:
     try:
         with np.load(path) as arrays:
             return Buckets(*(arrays[name] for name in ("ids", "logits", "rest", "target")))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return None

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
@@ -28,10 +29,10 @@ from shared.engine.loras import Loras
 from shared.engine.model import Adaptation, Example
 from shared.errors import EngineError
 
-_MODEL_TYPES = {"gemma3": ("gemma3_text", "gemma3")}
+_MODEL_TYPES = {"gemma3": "gemma3_text"}
 """By architecture, what a checkpoint calls itself where that is not the same word."""
 _AT_ONCE = 1 << 24
-"""Logits of one batch that is only heard: 64 MB."""
+"""Logits of one pass: 64 MB, and several times that where the pass is learned from."""
 _HEARD_ROWS = 64
 _COMPARED_ROWS = 64
 
@@ -67,7 +68,7 @@ class Student:
                 f"the job tunes blocks of kind {min(strange)}, which peft has no form for: only "
                 "lora and output_rows can be distilled"
             )
-        self._device = torch.device(device)
+        self._device = _device(device)
         whole = _loaded(folder, blocks.architecture)
         self._heads = Heads(
             int(whole.config.num_attention_heads), int(whole.config.num_key_value_heads or 0)
@@ -165,9 +166,9 @@ class Student:
     def _heard(self, values: Floats, public: Public, like: Buckets, temperature: float) -> Buckets:
         self.stand(values)
         parts: list[Buckets] = []
-        for low, high in self._runs(public):
-            at = slice(int(public.starts[low]), int(public.starts[high]))
-            logits = self.logits(public.examples[low:high]).float().cpu().numpy()
+        for run in self.runs(public.examples):
+            at = slice(int(public.starts[run.start]), int(public.starts[run.stop]))
+            logits = self.logits(public.examples[run]).float().cpu().numpy()
             parts.append(
                 cut(
                     logits,
@@ -179,15 +180,15 @@ class Student:
             )
         return joined(parts)
 
-    def _runs(self, public: Public) -> Iterator[tuple[int, int]]:
-        """Examples [low, high) to be heard at once."""
-        most, low = max(_AT_ONCE // self.width, 1), 0
-        count = len(public.examples)
-        for high in range(1, count + 1):
-            positions = public.starts[min(high + 1, count)] - public.starts[low]
-            if high == count or high - low == _HEARD_ROWS or positions > most:
-                yield low, high
-                low = high
+    def runs(self, examples: Sequence[Example]) -> Iterator[slice]:
+        """Runs of `examples` whose logits are not too much memory at once."""
+        low = positions = 0
+        for number, one in enumerate(examples):
+            positions += len(one.targets)
+            if number > low and (positions * self.width > _AT_ONCE or number - low == _HEARD_ROWS):
+                yield slice(low, number)
+                low, positions = number, len(one.targets)
+        yield slice(low, len(examples))
 
     def _named(self, whole: Any) -> list[_Part]:
         blocks, parts = self._blocks, list[_Part]()
@@ -251,7 +252,13 @@ def check_tokens(folder: Path, public: Public, large: Vocabulary) -> None:
     Raises:
         EngineError: says what it reads otherwise.
     """
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise EngineError(
+            f"{folder}: transformers loads no tokenizer from there, put the model's own beside the "
+            f"checkpoint: {error}"
+        ) from error
     for one in public.examples[:_COMPARED_ROWS]:
         text = str(tokenizer.decode(one.tokens.tolist()))
         theirs = [int(token) for token in tokenizer.encode(text, add_special_tokens=False)]
@@ -263,20 +270,37 @@ def check_tokens(folder: Path, public: Public, large: Vocabulary) -> None:
             )
 
 
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).partition("\n")[0]
+        raise EngineError(f"--device {name}: {why}; `cpu` is always there") from error
+    return device
+
+
 def _loaded(folder: Path, architecture: str) -> Any:
     if not (folder / "config.json").is_file():
         raise EngineError(f"{folder}: no config.json; name the checkpoint's folder (--small)")
     logging.disable_progress_bar()
     try:
-        whole: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise EngineError(f"{folder}: transformers cannot load it: {error}") from error
-    kind = str(whole.config.model_type)
-    if kind not in _MODEL_TYPES.get(architecture, (architecture,)):
+    whole, report = loaded
+    if missing := sorted(report["missing_keys"]):  # which transformers would make up
         raise EngineError(
-            f"{folder} is a {kind}, the job's model a {architecture}; name its own checkpoint"
+            f"{folder}: the checkpoint has no {missing[0]}, and {len(missing) - 1} more are "
+            "missing; name a whole one (--small)"
+        )
+    kind = str(whole.config.model_type)
+    if kind != (wanted := _MODEL_TYPES.get(architecture, architecture)):
+        raise EngineError(
+            f"{folder} is a {kind}, the job's model a {wanted}; name its own checkpoint, of the "
+            "language model alone"
         )
     whole.requires_grad_(False)
     return whole

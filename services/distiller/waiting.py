@@ -75,7 +75,7 @@ async def waiting(link: Link, job: str) -> Waiting:
         raise RejectError(f"job {job} {why}; submit one with --epochs 2 or more")
     if is_open or published is None or published.round != closed:
         raise RejectError(
-            f"the rounds of epoch {epoch.epoch} of job {job} are not done; try again when "
+            f"the rounds of epoch {epoch.epoch + 1} of job {job} are not done; try again when "
             "`seedwire job list` says that it waits"
         )
     data = await blobs.load(link, published.snapshot)

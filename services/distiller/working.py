@@ -26,6 +26,8 @@ from shared.messages import Distilled
 
 PASSES = 2
 """Times that each row is read unless steps are given."""
+TRAININGS = 2
+"""Of the model, and of its anchor."""
 _TOLD = 10
 """Times that a training says how far it is."""
 
@@ -62,6 +64,8 @@ def work(job: Waiting, settings: Settings, say: Say) -> Made:
     )
     try:
         rows, heldout = _rows(job, settings, large)
+        if not (heldout.answered or settings.force):
+            raise EngineError(str(UNJUDGED))
         check_tokens(Path(settings.small), rows, large.model)
         say(f"{len(rows.examples)} rows to learn from, {len(heldout.examples)} held out")
         asked = _Asked(large, Path(settings.large), kept, settings.top_k, student.width, say)
@@ -88,7 +92,7 @@ def work(job: Waiting, settings: Settings, say: Say) -> Made:
     new, beside = _floats(start), _floats(anchor)
     after = distilling.judged(student, new, beside, heldout, of_heldout, how.alpha)
     left = distilling.left_to_learn(student, new, tuned, old, heldout, of_heldout, how.alpha)
-    passes = PASSES * how.steps * how.batch_rows / len(rows.examples)
+    passes = TRAININGS * how.steps * how.batch_rows / len(rows.examples)
     figures = Distilled(
         alpha=how.alpha,
         rows=len(rows.examples),
@@ -110,21 +114,37 @@ def work(job: Waiting, settings: Settings, say: Say) -> Made:
     return Made(start, anchor, before, after, figures)
 
 
-def obstacle(made: Made) -> str:
-    """Why the epoch should not be opened; empty where nothing speaks against it."""
+@dataclass(frozen=True)
+class Obstacle:
+    """What speaks against opening the epoch, and what to do about it."""
+
+    why: str
+    mend: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.why}, so the epoch was not opened; {self.mend}, or open it all the same "
+            "(--force)"
+        )
+
+
+UNJUDGED = Obstacle(
+    "no held-out row has an answer to tell whether the small model becomes better",
+    "name rows with answers (--heldout)",
+)
+
+
+def obstacle(made: Made) -> Obstacle | None:
+    """Why the epoch should not be opened; None where nothing speaks against it."""
     before, after = made.before.small_loss, made.after.small_loss
     if math.isnan(after) or math.isnan(before):
-        return (
-            "no held-out row has an answer, so nobody can say whether the small model has become "
-            "better; name rows with answers (--heldout), or open the epoch all the same (--force)"
-        )
+        return UNJUDGED
     if after > before:
-        return (
-            f"the small model's loss on held-out rows rose from {before:.4f} to {after:.4f}: the "
-            "epoch was not opened; give more --public rows with answers, lower --alpha or --rate, "
-            "or open it all the same (--force)"
+        return Obstacle(
+            f"the small model's loss on held-out rows rose from {before:.4f} to {after:.4f}",
+            "give more --public rows with answers, lower --alpha or --rate",
         )
-    return ""
+    return None
 
 
 def theta(values: Floats) -> NDArray[np.int32]:

@@ -16,6 +16,7 @@ from aiohttp import web
 from services.proxy_inference import answers
 from services.proxy_inference.answers import ChatForm, CompletionForm, Form, Head, Json
 from services.proxy_inference.batching import Sequence
+from services.proxy_inference.ensemble.ensemble import Ensemble
 from services.proxy_inference.pool import Held
 from services.proxy_inference.remote.doubt import shown
 from services.proxy_inference.remote.ensemble import RemoteEnsemble
@@ -164,6 +165,7 @@ class Completing:
                 raise Refusal(400, str(error), param="model") from error
             prompt += way.prompt
             _check_length(way, prompt, "text")
+            _check_sent(way, prompt, "text")
             self._proxy.admit(1)
             self._proxy.metrics.tokens.labels("prompt").inc(len(prompt))
             run = Choice(Sequence(prompt, alpha=way.alpha), choices)
@@ -210,15 +212,16 @@ class Completing:
             )
         prompts = [[*prompt, *way.prompt] for prompt in wanted.prompts]
         for prompt in prompts:
-            _check_length(way, prompt, "messages" if isinstance(request, ChatRequest) else "prompt")
-            _check_sent(way, prompt)
+            param = "messages" if isinstance(request, ChatRequest) else "prompt"
+            _check_length(way, prompt, param)
+            _check_sent(way, prompt, param)
             left = way.limit - len(prompt)
             reads = 0 if wanted.echo and wanted.marks is not None else None
             for _ in range(request.n or 1):
                 answer = Answer(
                     Sequence(prompt, read_from=reads, alpha=way.alpha),
                     vocabulary,
-                    Sampler(sampling, seed, len(runs)),
+                    Sampler(sampling, seed, len(runs), repeats=request.seed is not None),
                     max_tokens=left if wanted.length is None else min(wanted.length, left),
                     stops=wanted.stops,
                     ends=wanted.ends,
@@ -335,13 +338,13 @@ def _check_length(way: Way, prompt: list[int], param: str) -> None:
         )
 
 
-def _check_sent(way: Way, prompt: list[int]) -> None:
-    """Raises Refusal for what a large model elsewhere would take for another prompt."""
-    if isinstance(way.speaker, RemoteEnsemble):
+def _check_sent(way: Way, prompt: list[int], param: str) -> None:
+    """Raises Refusal for what the large model does not know, or would take for another prompt."""
+    if isinstance(way.speaker, Ensemble | RemoteEnsemble):
         try:
             way.speaker.check(prompt)
         except EngineError as error:
-            raise Refusal(400, str(error), param="prompt") from error
+            raise Refusal(400, str(error), param=param) from error
 
 
 def _check(piece: Piece) -> None:

@@ -121,9 +121,9 @@ class Generation:
         self._batch = _Batch(BATCH_TOKENS, room.lanes)
         self._fillings = range(_MOST_FILLED + 1)
         """To how many tokens a pass of so many is filled up."""
-        if adapter and adaptation and len(adaptation.prompt_tokens):
-            self._ask_softly(adaptation, adapter.values())
         try:
+            if adapter and adaptation and len(adaptation.prompt_tokens):
+                self._ask_softly(adaptation, adapter.values())
             if adapter and adaptation:
                 self._carry(adaptation, adapter.values())
             self._try()

@@ -120,7 +120,7 @@ class _Present(Collector):
         self._routes = routes
 
     def collect(self) -> Iterator[Metric]:
-        counts = self._worker.counts
+        counts = self._pool.counts
         gauges: dict[str, tuple[str, float]] = {
             "requests_in_flight": (
                 "Requests that are being answered.",

@@ -4,9 +4,10 @@ At most MOST_ALIVE: a swap waits for room, and what is overtaken meanwhile is ne
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from services.proxy_inference.ensemble.ensemble import Ensemble
 from services.proxy_inference.ensemble.large import Large
@@ -16,13 +17,14 @@ from services.proxy_inference.remote.host import RemoteHost
 from services.proxy_inference.shelf import ModelFile
 from services.proxy_inference.speaking import Room, Speaker
 from services.proxy_inference.versions import BASE, Version
-from services.proxy_inference.worker import Worker
+from services.proxy_inference.worker import Counts, Worker, total
 from shared.adapter import Adapter
 from shared.errors import EngineError, TransientError
 from shared.logs import get
 from shared.messages import JobSpec
 
 MOST_ALIVE = 3
+Result = TypeVar("Result")
 
 log = get("pool")
 
@@ -75,6 +77,8 @@ class Pool:
         self._held: list[Held] = []
         self._weights: dict[str, Weights] = {}
         self._changing = asyncio.Lock()
+        self._changes: set[asyncio.Future[Any]] = set()
+        """What is being opened or closed, whoever waits for it."""
         self._idle = asyncio.Event()
         self._freed = asyncio.Event()
 
@@ -85,6 +89,11 @@ class Pool:
     @property
     def users(self) -> int:
         return sum(held.users for held in self._held)
+
+    @property
+    def counts(self) -> Counts:
+        """What the workers have done together."""
+        return total(one.counts for one in {self._worker, self._waiter})
 
     def worker(self, speaker: Speaker) -> Worker:
         """Who steps it."""
@@ -116,6 +125,22 @@ class Pool:
             TransientError: the room was taken meanwhile.
             EngineError: the model or its adapter cannot be served.
         """
+        opening = self._open(version, spec, adapter, file, anchor, asked_for=asked_for)
+        held = await self._to_its_end(opening)
+        if held not in self._held:  # closed for somebody else's room before we came to use it
+            raise TransientError("too many versions are asked for; ask again soon")
+        return held
+
+    async def _open(
+        self,
+        version: Version | None,
+        spec: JobSpec | None,
+        adapter: Adapter | None,
+        file: ModelFile,
+        anchor: Adapter | None,
+        *,
+        asked_for: bool,
+    ) -> Held:
         async with self._changing:
             alive = self.get(version)
             if alive is not None:
@@ -133,8 +158,13 @@ class Pool:
                 await self._leave(weights)
                 raise
             held = Held(generation, version, spec, asked_for=asked_for)
+            try:
+                await self._steer(held, weights, adapter, anchor)
+            except BaseException:
+                await asyncio.to_thread(generation.close)
+                await self._leave(weights)
+                raise
             self._worker.attach(generation)
-            await self._steer(held, weights, adapter, anchor)
             self._held.append(held)
             return held
 
@@ -192,6 +222,8 @@ class Pool:
 
     async def close(self) -> None:
         """Everything is given back; the worker has ended."""
+        while self._changes:
+            await asyncio.wait(self._changes)
         for held in self.alive:
             self._held.remove(held)
             await self._give_back(held)
@@ -207,6 +239,9 @@ class Pool:
         return False
 
     async def _close(self, held: Held) -> None:
+        await self._to_its_end(self._closed(held))
+
+    async def _closed(self, held: Held) -> None:
         async with self._changing:
             if held not in self._held or held.users or held is self.default:
                 return
@@ -217,6 +252,14 @@ class Pool:
             await self._give_back(held)
             log.info("version_closed", version=held.name)
         self._freed.set()
+
+    async def _to_its_end(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """What `work` comes to. Who gives up waiting does not end it: a thread that opens a model
+        cannot be ended, and what is half open or half closed belongs to nobody."""
+        change = asyncio.ensure_future(work)
+        self._changes.add(change)
+        change.add_done_callback(self._changes.discard)
+        return await asyncio.shield(change)
 
     async def _steer(
         self, held: Held, weights: Weights, adapter: Adapter | None, anchor: Adapter | None

@@ -58,7 +58,7 @@ class Run(Protocol):
         ...
 
     def drafter(self) -> Drafter | None:
-        """Who proposes what may be written next; None where one token at most is left to write."""
+        """Who proposes what may be written next; None where there is nothing to draft."""
         ...
 
     @property
@@ -117,7 +117,7 @@ class Answer:
         return self._top is not None
 
     def drafter(self) -> Drafter | None:
-        return self._sampler.drafter() if self.left > 1 else None
+        return self._sampler.drafter() if self.left > 1 and self._sampler.drafts else None
 
     def take(self, logits: NDArray[np.float32], drafts: Several[Draft] = ()) -> Piece | None:
         rows = len(logits)

@@ -8,7 +8,8 @@ has been written, not the prompt.
 A draft is a token that a small model proposes. `choose` takes it or another one so that the choice
 is distributed as it would be without drafts (speculative sampling, Leviathan et al. 2023): with
 p the shares by the logits and q those that the draft was drawn by, it is taken with probability
-min(1, p/q), and in its place comes a draw from max(0, p - q).
+min(1, p/q), and in its place comes a draw from max(0, p - q). How much is drafted hangs on what it
+costs at the time, so an answer whose request names a seed is written without, to be repeatable.
 """
 
 from collections import Counter
@@ -44,7 +45,9 @@ class Draft:
 
     token: int
     sure: float
-    """The drafting model's own probability of it, before filters and temperature."""
+    """The drafting model's own probability, before filters and temperature, of what it would draw
+    most likely. Whether a draft is sent hangs on this alone: did it hang on the token that was
+    drawn, those that are sent would no longer be distributed by `shares`."""
     tokens: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     shares: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
     """q: the candidates it was drawn from and the probability of each; none where the likeliest
@@ -54,9 +57,13 @@ class Draft:
 class Sampler:
     """One answer's choices."""
 
-    def __init__(self, sampling: Sampling, seed: int, stream: int = 0) -> None:
-        """`stream` tells the answers to one request apart."""
+    def __init__(
+        self, sampling: Sampling, seed: int, stream: int = 0, *, repeats: bool = False
+    ) -> None:
+        """`stream` tells the answers to one request apart; `repeats`: whoever gives this seed again
+        expects the same answer."""
         self._sampling = sampling
+        self._repeats = repeats
         self._key = np.array([seed % 2**64, stream], np.uint64)
         self._random = np.random.Generator(np.random.Philox(key=self._key))
         self._drafting: np.random.Generator | None = None
@@ -70,6 +77,11 @@ class Sampler:
         """For a next token that is drawn elsewhere: 31 bits of this answer's own."""
         start = np.array([self._written.total(), 0, 0, 2], np.uint64)
         return int(np.random.Philox(key=self._key, counter=start).random_raw()) >> 33
+
+    @property
+    def drafts(self) -> bool:
+        """Whether drafts may be taken."""
+        return self.greedy or not self._repeats
 
     @property
     def greedy(self) -> bool:
@@ -104,8 +116,8 @@ class Sampler:
             token = int(adjusted.argmax())
             return Draft(token, probability(logits, token))
         tokens, weights = candidates(adjusted, self._sampling)
-        token = _drawn(tokens, weights, random)
-        return Draft(token, probability(logits, token), tokens, weights / weights.sum())
+        sure = probability(logits, int(logits.argmax()))
+        return Draft(_drawn(tokens, weights, random), sure, tokens, weights / weights.sum())
 
     def chance(self, logits: Logits, draft: Draft) -> float:
         """About how likely `choose` would take the draft: filters and penalties left aside."""

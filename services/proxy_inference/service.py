@@ -61,7 +61,7 @@ class Proxy:
         self.draining = False
         self.routes = Routes()
         self.metrics = Metrics(worker, pool, swapper, self.routes)
-        self.metrics.waiting = lambda: max(self._tickets - worker.counts.running, 0)
+        self.metrics.waiting = lambda: max(self._tickets - pool.counts.running, 0)
         self._worker = worker
         self._shelf = shelf
         self._tickets = 0

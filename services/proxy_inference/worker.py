@@ -7,7 +7,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -48,6 +48,20 @@ class Counts:
     preempted: int = 0
     failed_passes: int = 0
     not_finite: int = 0
+
+
+def total(counts: Iterable[Counts]) -> Counts:
+    """What several threads have done together."""
+    found = Counts()
+    for one in counts:
+        found.running += one.running
+        found.waiting += one.waiting
+        found.passes += one.passes
+        found.tokens += one.tokens
+        found.preempted += one.preempted
+        found.failed_passes += one.failed_passes
+        found.not_finite += one.not_finite
+    return found
 
 
 class Worker:
@@ -160,6 +174,7 @@ class Worker:
     def _step(self, desk: _Desk) -> None:
         """One pass of one speaker; its pieces are on their way."""
         plan = desk.schedule.next()
+        self._count()  # now as well: a pass that waits for a server may take long
         if not plan.shares:
             return
         runs = {sequence: ticket.run for sequence, ticket in desk.tickets.items()}

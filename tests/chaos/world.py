@@ -402,7 +402,8 @@ class World:
             process.ready_at = self.loop.time()
             for name, state in service.jobs.items():
                 job = self.witness.jobs[name]
-                if state.begun and not state.ended and job.theta is not None:
+                at_hand = state.begun and state.start is None  # it may not be to be had yet
+                if at_hand and not state.ended and job.theta is not None:
                     digest = state.adapter.digest()
                     if digest not in {*job.digests.values(), *job.starts.values()}:
                         self.witness.wrong(f"a replay ends at another digest, {digest[:12]}")

@@ -61,7 +61,7 @@ async def test_only_a_job_that_waits_is_distilled_and_it_stands_beside_its_last_
         await aggregator.answer(replace(submit, spec=replace(submit.spec, epochs=3)))
         with pytest.raises(RejectError, match="no job is called other"):
             await waiting(link, "other")
-        with pytest.raises(RejectError, match="the rounds of epoch 0 of job demo are not done"):
+        with pytest.raises(RejectError, match="the rounds of epoch 1 of job demo are not done"):
             await waiting(link, "demo")
         await a_round()
         first = await waiting(link, "demo")
@@ -69,7 +69,7 @@ async def test_only_a_job_that_waits_is_distilled_and_it_stands_beside_its_last_
         assert not first.anchor.any()
         theta = first.adapter.theta
         assert await open_epoch(link, first, theta, theta // 2, FIGURES) == 1
-        with pytest.raises(RejectError, match="is running in epoch 1 of 3"):
+        with pytest.raises(RejectError, match="is running in epoch 2 of 3"):
             await open_epoch(link, first, theta, theta // 2, FIGURES)
         await a_round()
         second = await waiting(link, "demo")
@@ -92,11 +92,12 @@ def test_a_student_that_became_worse_opens_nothing_and_neither_does_one_nobody_c
     judged = Judged(1.5, 2.0, 1.2, 0.4, 0.3, 0.5, 1.0, 0.2)
     nothing = np.zeros(2, np.int32)
     made = Made(nothing, nothing, judged, with_(judged, small_loss=1.4), FIGURES)
-    assert obstacle(made) == ""
+    assert obstacle(made) is None
     worse = with_(made, after=with_(judged, small_loss=1.6))
-    assert "rose from 1.5000 to 1.6000: the epoch was not opened" in obstacle(worse)
+    assert "rose from 1.5000 to 1.6000, so the epoch was not opened; " in str(obstacle(worse))
     unknown = with_(judged, small_loss=math.nan)
-    assert "no held-out row has an answer" in obstacle(with_(made, before=unknown, after=unknown))
+    unjudged = obstacle(with_(made, before=unknown, after=unknown))
+    assert "no held-out row has an answer" in str(unjudged)
     np.testing.assert_array_equal(theta(np.array([0.5, -(2.0**-24)], np.float32)), [2**23, -1])
     for astray in (200.0, math.nan):
         with pytest.raises(EngineError, match="too large to be one; lower --rate"):

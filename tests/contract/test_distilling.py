@@ -13,24 +13,27 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from shared.adapter import Layout
+from shared.adapter import Adapter, Layout
+from shared.codec import encode_manifest
 from shared.engine.gguf_file import read_header
 from shared.engine.llama import LlamaEngine
 from shared.engine.model import Adaptation, Example
 from shared.errors import EngineError
-from shared.messages import Block, Manifest, Task, Variant
+from shared.messages import Block, JobSpec, Manifest, Task, Variant
 from tests.support import hf_gguf, tiny_gguf
 from tests.support.hf_gguf import SHAPE, Twin
+from tests.support.jobs import a_job
 
 pytest.importorskip("peft", reason="peft is not installed")
 
-from services.distiller import distilling, public
+from services.distiller import config, distilling, public, working
 from services.distiller.buckets import Buckets, cut, divergence, likeliest, steered
 from services.distiller.distilling import Settings
 from services.distiller.kept import Kept
 from services.distiller.large import Large
 from services.distiller.public import Public
-from services.distiller.student import Student
+from services.distiller.student import Student, check_tokens
+from services.distiller.waiting import Waiting
 
 LABELS = {"one": "g", "two": "h", "three": "q"}
 TASKS = {
@@ -212,6 +215,36 @@ def test_a_step_s_loss_is_the_teacher_s_divergence_and_the_answers(
 
 
 @pytest.mark.parametrize("loss", ["tokens", "choices"])
+def test_logits_that_are_too_much_at_once_are_learned_from_in_parts_to_the_same_end(
+    a_twin: Twins, tmp_path: Path, loss: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lesson = Lesson(a_twin, tmp_path, loss)
+    given = (lesson.student, values(lesson.blocks, spread=0.02), lesson.nothing)
+    settings = replace(SETTINGS, steps=3, answers=0.5, batch_rows=7)
+    told: list[list[float]] = [[], []]
+    made: list[Floats] = []
+    for losses, most in zip(told, (1 << 24, 8 * SHAPE.vocabulary), strict=True):
+        monkeypatch.setattr("services.distiller.student._AT_ONCE", most)
+        made.append(
+            distilling.distil(
+                *given,
+                lesson.rows,
+                lesson.large,
+                settings,
+                lambda _, loss, losses=losses: losses.append(loss),
+            )
+        )
+        runs = [run.stop - run.start for run in lesson.student.runs(lesson.rows.examples)]
+        assert sum(runs) == len(lesson.rows.examples)
+        if most < 1 << 24:
+            assert len(runs) > 2
+            assert max(runs) <= 8
+    np.testing.assert_allclose(told[1], told[0], rtol=1e-4)
+    # Adam makes much of small differences where a gradient is nearly nothing.
+    assert np.abs(made[1] - made[0]).mean() < 0.01 * np.abs(made[0] - given[1]).mean()
+
+
+@pytest.mark.parametrize("loss", ["tokens", "choices"])
 def test_the_student_comes_closer_to_its_teacher_and_alike_every_time(
     a_twin: Twins, tmp_path: Path, loss: str
 ) -> None:
@@ -273,6 +306,29 @@ def test_a_row_of_choices_needs_no_label_and_a_bad_one_is_named(
     large.close()
 
 
+def test_rows_that_judge_nothing_are_refused_before_anything_is_learned(
+    a_twin: Twins, tmp_path: Path
+) -> None:
+    twin = a_twin()
+    layout = Layout(Manifest(0, "llama", 7, some_blocks(twin), [Variant("0" * 64, 1, "tiny")], 1))
+    manifest = encode_manifest(msgspec.structs.replace(layout.manifest, d=layout.d))
+    spec = JobSpec(task=TASKS["choices"], tuning=a_job().spec.tuning)
+    job = Waiting("demo", spec, Adapter(manifest), np.zeros(layout.d, np.float32))
+    rows = write(tmp_path / "rows.jsonl", "choices", labels=False)
+    told: list[str] = []
+    asked = config.Settings(
+        job="demo",
+        small=str(twin.path.parent),
+        large=str(a_twin(seed=2).path),
+        public=str(rows),
+        cache="",
+        threads=1,
+    )
+    with pytest.raises(EngineError, match=r"no held-out row has an answer .*\(--heldout\)"):
+        working.work(job, asked, told.append)
+    assert not told
+
+
 def test_what_peft_has_no_form_for_and_another_checkpoint_are_refused_by_name(
     a_twin: Twins,
 ) -> None:
@@ -282,9 +338,39 @@ def test_what_peft_has_no_form_for_and_another_checkpoint_are_refused_by_name(
         Student(twin.path.parent, an_adaptation(twin, control))
     with pytest.raises(EngineError, match="is a llama, the job's model a qwen2"):
         Student(twin.path.parent, replace(an_adaptation(twin, []), architecture="qwen2"))
+    with pytest.raises(EngineError, match=r"--device abacus: .*`cpu` is always there"):
+        Student(twin.path.parent, an_adaptation(twin, []), device="abacus")
     wide = [Block("lora_b", "blk.0.attn_q.weight", [SHAPE.width], d_in=2 * SHAPE.width)]
     with pytest.raises(EngineError, match=r"q_proj of the checkpoint has shape \[64, 64\]"):
         Student(twin.path.parent, an_adaptation(twin, wide))
+
+
+def test_a_checkpoint_that_is_not_whole_is_refused_and_so_is_one_without_a_tokenizer(
+    a_twin: Twins, tmp_path: Path
+) -> None:
+    twin = a_twin()
+    blocks = an_adaptation(twin, [])
+    for file in twin.path.parent.iterdir():
+        if file.suffix != ".gguf":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    large = Large(a_twin(seed=2).path, threads=1, max_tokens=48)
+    rows = public.read(write(tmp_path / "rows.jsonl", "tokens"), TASKS["tokens"], large.model, 9)
+    with pytest.raises(EngineError, match="transformers loads no tokenizer from there"):
+        check_tokens(tmp_path, rows, large.model)
+    large.close()
+    more = {**config, "num_hidden_layers": config["num_hidden_layers"] + 1}
+    (tmp_path / "config.json").write_text(json.dumps(more))
+    with pytest.raises(EngineError, match=r"the checkpoint has no model\.layers\..* name a whole"):
+        Student(tmp_path, blocks)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_size": 2 * SHAPE.width}))
+    with pytest.raises(EngineError, match="transformers cannot load it"):
+        Student(tmp_path, blocks)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-64])
+    with pytest.raises(EngineError, match="transformers cannot load it"):
+        Student(tmp_path, blocks)
 
 
 def test_a_model_is_asked_once_and_again_only_if_its_answers_are_damaged(

@@ -105,7 +105,7 @@ async def test_drafts_change_no_greedy_answer(broker: BrokerProcess, tmp_path: P
 
 
 async def test_drafts_change_no_distribution(broker: BrokerProcess, tmp_path: Path) -> None:
-    """Of the second and third token together, over answers with seeds of their own."""
+    """Of the second and third token together, over many answers."""
     found: dict[str, Counter[str]] = {}
     body: dict[str, Any] = {"prompt": PROMPTS[0], "max_tokens": 6, "top_k": 4, "logprobs": 0}
     body |= {"temperature": 1.3, "logit_bias": ENDLESS, "proxy_mode": "ensemble", "n": 16}
@@ -116,9 +116,7 @@ async def test_drafts_change_no_distribution(broker: BrokerProcess, tmp_path: Pa
             more += ("--sequences", "16", "--queue", "1000")
             async with a_proxy(tmp_path / speculate, *more, "--model", str(small)) as proxy:
                 await proxy.serves("job@1")
-                answers = [
-                    await proxy.post("/v1/completions", body | {"seed": seed}) for seed in range(40)
-                ]
+                answers = [await proxy.post("/v1/completions", body) for _ in range(40)]
                 choices = [one for _, answer in answers for one in answer["choices"]]
                 found[speculate] = Counter("".join(tokens(one)[1:3]) for one in choices)
                 drafts = await proxy.metric("seedwire_proxy_drafts_total")
@@ -132,6 +130,18 @@ async def test_drafts_change_no_distribution(broker: BrokerProcess, tmp_path: Pa
         p = (plain[pair] + fast[pair]) / (2 * total)
         deviation = (2 * p * (1 - p) / total) ** 0.5
         assert abs(plain[pair] - fast[pair]) / total < 4 * deviation, pair
+
+
+async def test_an_answer_that_names_a_seed_repeats(broker: BrokerProcess, tmp_path: Path) -> None:
+    """It is written without drafts: how much is drafted hangs on what it costs at the time."""
+    body = {"prompt": PROMPTS[0], "max_tokens": 30, "temperature": 1.0, "logit_bias": ENDLESS}
+    async with a_pair(broker, tmp_path) as proxy:
+        told = [await proxy.post("/v1/completions", body | {"seed": 5}) for _ in range(8)]
+        assert len({answer["choices"][0]["text"] for _, answer in told}) == 1
+        assert await _taken(proxy) == 0
+        others = [await proxy.post("/v1/completions", body) for _ in range(8)]
+        assert len({answer["choices"][0]["text"] for _, answer in others}) > 1
+        assert await _taken(proxy) > 0
 
 
 async def odds(proxy: Proxy, model: str = "", **more: object) -> NDArray[np.float64]:
@@ -235,6 +245,25 @@ async def test_answers_are_right_when_modes_mix_and_the_cache_is_too_small(
             for measure, answer in zip(measures, await asyncio.gather(*calls), strict=True):
                 assert measure.explains(tokens(answer["choices"][0]), times=NOISE)
         assert await proxy.metric("seedwire_proxy_preemptions_total") > 0
+
+
+@pytest.mark.parametrize(("tuned", "steered"), [(320, 384), (384, 320)])
+async def test_what_pads_one_model_beyond_the_other_is_neither_written_nor_taken(
+    broker: BrokerProcess, tmp_path: Path, tuned: int, steered: int
+) -> None:
+    small = tiny_gguf.write(tmp_path / "small.gguf", shape=Shape(vocabulary=tuned))
+    large = tiny_gguf.write(tmp_path / "large.gguf", shape=Shape(vocabulary=steered))
+    more = ("--servers", broker.url, "--large", str(large), "--model", str(small))
+    body = {"max_tokens": 40, "n": 8, "logprobs": 20, "presence_penalty": 0.5, "temperature": 50}
+    async with a_job(broker, small), a_proxy(tmp_path / "proxy", *more) as proxy:
+        await proxy.serves("job@1")
+        for mode in ("large", "ensemble"):
+            await proxy.complete(PROMPTS[0], **body, logit_bias=ENDLESS, proxy_mode=mode)
+            status, answer = await proxy.post(
+                "/v1/completions", {"prompt": [5, 350, 7], "proxy_mode": mode}
+            )
+            assert status == 400
+            assert "350 is no token" in answer["error"]["message"]
 
 
 async def test_a_new_version_takes_over_in_the_midst_of_steered_answers(

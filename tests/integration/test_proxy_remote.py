@@ -319,6 +319,8 @@ async def test_while_the_server_is_away_everything_else_answers_and_then_it_answ
             assert answer["proxy"]["exact"] is True
         assert time.monotonic() - began < 2.0, "nobody else waits for the server"
         assert not waiting.done()
+        assert await proxy.metric("seedwire_proxy_sequences_running") == 1
+        assert await proxy.metric("seedwire_proxy_requests_waiting") == 0
         await server.start()
         assert (await waiting)["usage"]["completion_tokens"] == 8
         spelled = "say <|end|> now"  # as text, what its server would read as a control token

@@ -4,16 +4,16 @@ from services.aggregator.config import Settings
 from services.aggregator.service import Aggregator
 from shared import subjects
 from shared.bus import Link, Stored
-from shared.clock import SystemClock
+from shared.clock import Clock, SystemClock
 from shared.codec import encode
 from shared.log import ensure_streams
 from shared.messages import RoundOpened, SubmitUpdate
 
 
-async def an_aggregator(link: Link) -> Aggregator:
+async def an_aggregator(link: Link, clock: Clock | None = None) -> Aggregator:
     """One that has read the streams; they are there."""
     await ensure_streams(link)
-    aggregator = Aggregator(link, link, Settings(), SystemClock())
+    aggregator = Aggregator(link, link, Settings(), clock or SystemClock())
     await aggregator.replay()
     return aggregator
 

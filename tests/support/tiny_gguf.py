@@ -89,6 +89,44 @@ def write(
     return path
 
 
+def write_recurrent(path: Path) -> Path:
+    """A Mamba model with the same tokenizer: its state cannot be cut back."""
+    width, inner, state, rank = 64, 128, 16, 4
+    writer = gguf.GGUFWriter(path, "mamba")
+    writer.add_context_length(1024)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(0)
+    writer.add_head_count(0)
+    writer.add_block_count(1)
+    writer.add_ssm_conv_kernel(4)
+    writer.add_ssm_inner_size(inner)
+    writer.add_ssm_state_size(state)
+    writer.add_ssm_time_step_rank(rank)
+    writer.add_layer_norm_rms_eps(1e-5)
+    _tokenizer(writer, 320, ())
+    tensors: dict[str, tuple[int, ...]] = {
+        "token_embd.weight": (320, width),
+        "output_norm.weight": (width,),
+        "blk.0.attn_norm.weight": (width,),
+        "blk.0.ssm_in.weight": (2 * inner, width),
+        "blk.0.ssm_conv1d.weight": (inner, 4),
+        "blk.0.ssm_conv1d.bias": (inner,),
+        "blk.0.ssm_x.weight": (rank + 2 * state, inner),
+        "blk.0.ssm_dt.weight": (inner, rank),
+        "blk.0.ssm_dt.bias": (inner,),
+        "blk.0.ssm_a": (inner, state),
+        "blk.0.ssm_d": (inner,),
+        "blk.0.ssm_out.weight": (width, inner),
+    }
+    for name, dims in tensors.items():
+        writer.add_tensor(name, np.full(dims, -0.1, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 def _describe(writer: gguf.GGUFWriter, architecture: str, shape: Shape) -> None:
     writer.add_context_length(shape.context)
     writer.add_embedding_length(shape.width)

@@ -10,9 +10,18 @@ from shared import blobs, subjects
 from shared.adapter import Adapter, next_epoch
 from shared.bus import Link
 from shared.codec import encode_manifest
-from shared.errors import RejectError
+from shared.errors import RejectError, TransientError
+from shared.log import read
 from shared.memory_bus import MemoryBroker
-from shared.messages import JobAccepted, OpenEpoch, StopJob, SubmitJob
+from shared.messages import (
+    JobAccepted,
+    JobsListed,
+    ListJobs,
+    OpenEpoch,
+    RoundClosed,
+    StopJob,
+    SubmitJob,
+)
 from tests.support.aggregators import an_aggregator, open_round, stored
 from tests.support.jobs import a_job, a_probe
 
@@ -22,8 +31,20 @@ def two_epochs() -> SubmitJob:
     return replace(submit, spec=replace(submit.spec, epochs=2))
 
 
-async def do_a_round(aggregator: Aggregator) -> None:
-    opened = open_round(aggregator)
+class HandMoved:
+    """A clock that stands still unless it is moved."""
+
+    time = 0.0
+
+    def now(self) -> float:
+        return self.time
+
+    async def sleep(self, seconds: float) -> None:
+        self.time += seconds
+
+
+async def do_a_round(aggregator: Aggregator, job: str = "demo") -> None:
+    opened = open_round(aggregator, job)
     for device, first in (("a", 0), ("b", 8)):
         await aggregator.fold([stored(a_probe(opened, device, first=first))])
 
@@ -92,3 +113,82 @@ async def test_a_job_that_waits_ends_when_it_is_stopped() -> None:
     ended = aggregator.jobs["demo"].ended
     assert ended is not None
     assert ended.reason == "stopped"
+
+
+async def test_a_start_that_is_lost_holds_up_its_own_job_and_no_other() -> None:
+    link = MemoryBroker().connect("aggregator")
+    first = await an_aggregator(link)
+    await first.answer(two_epochs())
+    await do_a_round(first)
+    request = await a_request(link, first)
+    await first.answer(request)
+    await first.answer(a_job("other", rounds=1))
+    start = await blobs.load(link, request.start)
+    await blobs.delete(link, request.start)
+
+    clock = HandMoved()
+    second = await an_aggregator(link, clock)
+    listed = await second.answer(ListJobs())
+    assert isinstance(listed, JobsListed)
+    assert listed.jobs[0] == first.jobs["demo"].summary()
+    await do_a_round(second, "other")
+    assert second.jobs["other"].ended
+    opened = open_round(second)
+    await do_a_round(second)  # its updates are counted; it cannot close without its adapter
+    assert open_round(second) is opened
+    with pytest.raises(RejectError, match=r"start of job demo: chunk 0 .* upload it again"):
+        await second.answer(StopJob(job="demo"))
+
+    await blobs.put(link, start)
+    clock.time += 20.0
+    await second.fold([stored(a_probe(opened, "a"))])
+    ended = second.jobs["demo"].ended
+    assert ended is not None
+    closed = [fact async for _, fact in read(link, subjects.LOG_STREAM, subjects.log("demo"))]
+    adapter = Adapter.from_bytes(request.manifest, start)
+    for close in closed:
+        if isinstance(close, RoundClosed) and close.epoch == 1:
+            assert close.devices == 2
+            adapter.apply(close.round, close.commit)
+    assert adapter.digest() == ended.digest
+
+
+async def test_what_an_epoch_begins_with_outlives_the_job_that_published_it() -> None:
+    link = MemoryBroker().connect("aggregator")
+    aggregator = await an_aggregator(link)
+    for name, rounds, epochs in (("demo", 1, 6), ("other", 2, 2)):
+        submit = a_job(name, rounds=rounds)
+        await aggregator.answer(replace(submit, spec=replace(submit.spec, epochs=epochs)))
+    for _ in range(2):
+        await do_a_round(aggregator, "other")
+    await do_a_round(aggregator)
+    await aggregator.answer(await a_request(link, aggregator))
+    await do_a_round(aggregator)
+    taken = aggregator.jobs["demo"]
+    assert taken.adapter.round == aggregator.jobs["other"].adapter.round
+    manifest, start = encode_manifest(taken.adapter.manifest), taken.snapshots[-1]
+    await aggregator.answer(OpenEpoch(job="other", manifest=manifest, start=start))
+    for _ in range(3):
+        await aggregator.answer(await a_request(link, aggregator))
+        await do_a_round(aggregator)
+    assert len(taken.snapshots) == 4
+    assert start not in taken.snapshots[-2:]
+    await blobs.load(link, start)
+    with pytest.raises(TransientError):  # nobody needs the one after it
+        await blobs.load(link, taken.snapshots[-3])
+
+
+async def test_a_start_of_an_absurd_size_is_refused_before_it_is_asked_for() -> None:
+    link = MemoryBroker().connect("aggregator")
+    aggregator = await an_aggregator(link)
+    await aggregator.answer(two_epochs())
+    await do_a_round(aggregator)
+    request = await a_request(link, aggregator)
+    absurd = replace(request.start, size_bytes=2**53)
+    async with asyncio.timeout(5):
+        for wrong in (replace(request, start=absurd), replace(request, anchor=absurd)):
+            with pytest.raises(RejectError, match=r"has 9007199254740992 bytes"):
+                await aggregator.answer(wrong)
+        with pytest.raises(RejectError, match="not a manifest"):
+            await aggregator.answer(replace(request, manifest=b"\x80"))
+    assert aggregator.jobs["demo"].waiting

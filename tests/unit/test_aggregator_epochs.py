@@ -140,12 +140,12 @@ def test_a_job_that_waits_can_be_stopped_and_a_stopped_one_waits_for_nothing() -
 
 def test_who_does_not_wait_opens_no_epoch() -> None:
     run = Run(of_epochs(a_job(rounds=1)))
-    with pytest.raises(RejectError, match=r"is running in epoch 0 of 2"):
+    with pytest.raises(RejectError, match=r"is running in epoch 1 of 2"):
         run.open_epoch(run.next_epoch())
     work(run)
     request = run.next_epoch()
     run.open_epoch(request)
-    with pytest.raises(RejectError, match=r"is running in epoch 1 of 2"):
+    with pytest.raises(RejectError, match=r"is running in epoch 2 of 2"):
         run.open_epoch(request)
 
 

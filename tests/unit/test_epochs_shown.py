@@ -82,7 +82,7 @@ def test_who_watches_sees_that_it_waits_and_what_the_next_epoch_begins_with() ->
         progress.evolve(event)
         if isinstance(event, EpochOpened):
             assert progress.epoch_line() == (
-                "epoch 1 begins distilled: held-out loss 2.5000 -> 2.2500, ensemble's loss "
+                "epoch 2 begins distilled: held-out loss 2.5000 -> 2.2500, ensemble's loss "
                 "2.0000 -> -, teacher's entropy 1.2500 -> 1.1250"
             )
     assert not progress.waits

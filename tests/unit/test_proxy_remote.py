@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from services.proxy_inference.remote import reading
 from services.proxy_inference.remote.client import opened
 from services.proxy_inference.remote.link import Patience
 from services.proxy_inference.remote.reading import answer
@@ -327,6 +328,21 @@ async def test_what_was_written_and_has_no_text_leaves_the_word_to_the_small_mod
             large.check(written)
 
 
+async def test_a_long_text_is_spelled_aside_and_asked_for_all_the_same(
+    vocabulary: Detokenizer,
+) -> None:
+    tokens = vocabulary.tokenize("a story of the inner ear " * 100, start=True)
+    assert len(tokens) > 1000
+    async with (
+        serving(LargeServer(vocabulary, "text")) as server,
+        opened(server.url, vocabulary) as large,
+    ):
+        found = await large.logits(tokens, np.zeros(vocabulary.size))
+    assert found.k > 0
+    assert not found.drifted
+    assert server.asked[-1]["prompt"] == "a story of the inner ear " * 100
+
+
 class Few:
     """A vocabulary of a few tokens by their bytes; the first is the end."""
 
@@ -365,8 +381,23 @@ def test_a_prompt_that_spells_a_control_token_is_not_sent_as_text(vocabulary: De
 
 @pytest.mark.parametrize(
     "body",
-    [b"<html>", b"[]", b'{"choices": []}', b'{"choices": [{"logprobs": {"tokens": ["a"]}}]}'],
+    [
+        b"<html>",
+        b"[]",
+        b'{"choices": []}',
+        b'{"choices": [{"logprobs": {"tokens": ["a"]}}]}',
+        b'{"choices": ["a"]}',
+        b'{"choices": [{"text": "a"}], "usage": ["b"]}',
+        b'{"content": "", "completion_probabilities": [{"token": "", "logprob": 1%b}]}'
+        % (b"0" * 400),
+        b"[" * 100_000,
+    ],
 )
 def test_what_is_no_completion_is_told_with_the_servers_name(body: bytes) -> None:
     with pytest.raises(EngineError, match="http://large"):
         answer(body, "http://large")
+    assert reading.refusal(body), "and as the body of an error it is told, not failed by"
+
+
+def test_an_error_whose_words_are_no_utf8_is_told_as_far_as_it_can_be() -> None:
+    assert reading.refusal(b'"\xff"') == '"\ufffd"'

@@ -75,6 +75,26 @@ def test_a_wrong_claim_of_what_a_draft_was_drawn_by_is_found_out() -> None:
     assert np.abs(shares - wanted).sum() / 2 > 0.05
 
 
+def test_which_drafts_are_sent_moves_no_distribution() -> None:
+    """Sent are those that pay, by how sure the drafter is: of its row, not of what it drew."""
+    sampling, prices = Sampling(), Prices([1.0, 1.5, 2.0, 2.5], token=1.0)
+    large, rows = _logits(1, 6), [0.6 * _logits(seed, 6) for seed in range(2, 8)]
+    wanted = _shares(Sampler(sampling, 0), sampling, large)
+    sent = 0
+    for row in rows:
+        found: Counter[int] = Counter()
+        acceptance = Acceptance()
+        for draw in range(DRAWS // 2):
+            one = Sampler(sampling, seed=draw)
+            draft = one.drafter().propose(row)
+            pays = worth(acceptance.chance(draft.sure), acceptance.mean, prices)
+            found[one.choose(large, draft if pays else None)] += 1
+            sent += pays
+        shares = np.array([found[token] / (DRAWS // 2) for token in range(len(large))])
+        assert np.abs(shares - wanted).sum() / 2 < 0.02
+    assert 0 < sent < len(rows) * (DRAWS // 2)
+
+
 class Letters:
     def bytes_of(self, token: int) -> bytes:
         return b"abcdefghijklmnop"[token : token + 1]

@@ -70,7 +70,7 @@ class History:
         """
         if not self.closed:
             epoch = self.epoch.epoch if self.epoch else 0
-            where = f" in epoch {epoch}" if epoch else ""
+            where = f" in epoch {epoch + 1}" if epoch else ""
             raise Failure(
                 f"no round of job {self.job} has closed yet{where}, so there is no adapter: "
                 f"see `seedwire job watch {self.job}`"

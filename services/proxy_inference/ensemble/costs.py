@@ -33,8 +33,9 @@ class Curve:
     def tried(self, size: int, seconds: float) -> None:
         """A trial; of several the shortest counts."""
         if size not in self._trials:
+            self._trials[size] = seconds  # first: another version's passes may ask meanwhile
             self._sizes.insert(bisect_left(self._sizes, size), size)
-        self._trials[size] = min(seconds, self._trials.get(size, seconds))
+        self._trials[size] = min(seconds, self._trials[size])
 
     def measured(self, size: int, seconds: float) -> None:
         """A pass in service; there have been trials."""

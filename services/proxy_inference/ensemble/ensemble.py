@@ -27,6 +27,7 @@ from services.proxy_inference.generation import Generation
 from services.proxy_inference.running import Run
 from services.proxy_inference.sampling import Draft, Drafter
 from services.proxy_inference.speaking import Heard, Room, Settled, parted
+from shared.errors import EngineError
 
 Rows = NDArray[np.float32]
 
@@ -62,18 +63,19 @@ class _Line:
 
 
 class _Timed:
-    """A model with its cost curve."""
+    """A model with its cost curve; of its logits those of the first `tokens` tokens."""
 
-    def __init__(self, generation: Generation, curve: Curve) -> None:
+    def __init__(self, generation: Generation, curve: Curve, tokens: int) -> None:
         self.generation = generation
         self.curve = curve
+        self._tokens = tokens
 
     def decode(self, plan: Plan) -> Rows:
         began = time.perf_counter()
         rows = self.generation.decode(plan)
         if plan.shares:
             self.curve.measured(plan.size, time.perf_counter() - began)
-        return rows
+        return rows[:, : self._tokens]
 
 
 def _try(models: list[_Timed]) -> None:
@@ -107,16 +109,21 @@ class Ensemble:
         counts: Counts,
         curves: Curves,
         *,
+        tokens: int,
         speculates: bool,
     ) -> None:
-        """Without small models nothing is steered. What `curves` do not know yet is tried."""
+        """Without small models nothing is steered. What `curves` do not know yet is tried.
+
+        `tokens`: so many all models know; what pads one beyond that is neither read nor written.
+        """
         self.room: Room = large.room
         self.limit = min(one.limit for one in (large, tuned, base) if one is not None)
         self.most_reads = large.most_reads
         self.idle_cells = min(one.idle_cells for one in (large, tuned, base) if one is not None)
-        self._large = _Timed(large, curves.large)
-        self._tuned = _Timed(tuned, curves.tuned) if tuned else None
-        self._base = _Timed(base, curves.base) if base else None
+        self._tokens = tokens
+        self._large = _Timed(large, curves.large, tokens)
+        self._tuned = _Timed(tuned, curves.tuned, tokens) if tuned else None
+        self._base = _Timed(base, curves.base, tokens) if base else None
         models = [one for one in (self._large, self._tuned, self._base) if one]
         if not all(model.curve.known for model in models):
             _try(models)
@@ -133,6 +140,14 @@ class Ensemble:
     @property
     def steers(self) -> bool:
         return self._tuned is not None
+
+    def check(self, prompt: list[int]) -> None:
+        """Raises EngineError for a prompt with a token that some of the models do not know."""
+        if max(prompt) >= self._tokens:
+            raise EngineError(
+                f"prompt: {max(prompt)} is no token of both the large model and the small one; "
+                f"they share 0 to {self._tokens - 1}"
+            )
 
     def speak(self, plan: Plan, schedule: Schedule, runs: Mapping[Sequence, Run]) -> list[Heard]:
         self._began = time.perf_counter()

@@ -8,6 +8,7 @@ from services.proxy_inference.shelf import ModelFile
 from services.proxy_inference.speaking import Room
 from shared.adapter import Adapter
 from shared.engine.agreement import disagreement
+from shared.engine.native import native
 from shared.errors import EngineError
 
 
@@ -20,6 +21,13 @@ class Large:
         self.digest = file.digest
         self.counts = counts
         self._weights = Weights(file, tuned=False)
+        model = self._weights.model
+        if native.llama_model_is_recurrent(model) or native.llama_model_is_hybrid(model):
+            self._weights.close()
+            raise EngineError(
+                f"{file.path}: a model with a recurrent state cannot take back what it has read; "
+                "use a large model of attention alone"
+            )
         self._curves: dict[str, Curves] = {}
         """By the small model's digest."""
         self._speculates = speculates
@@ -58,7 +66,16 @@ class Large:
             large, tuned, base = [*opened, None, None][:3]
             assert large is not None
             curves = self._curves.setdefault(small.digest, Curves())
-            return Ensemble(large, tuned, base, self.counts, curves, speculates=self._speculates)
+            tokens = min(small.vocabulary.size, self._weights.vocabulary.size)
+            return Ensemble(
+                large,
+                tuned,
+                base,
+                self.counts,
+                curves,
+                tokens=tokens,
+                speculates=self._speculates,
+            )
         except EngineError:
             for generation in opened:
                 generation.close()

@@ -5,6 +5,7 @@ added here. Push: the difference goes there as a bias on its logits, and one tok
 Neither is exact, and each answer says how far off it may be.
 """
 
+import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -28,6 +29,8 @@ from shared.logs import get
 log = get("remote")
 
 _BAN = -100.0
+_LONG = 1000
+"""Tokens; to spell so many and cut them again takes a millisecond, at every position."""
 
 
 class RemoteLarge:
@@ -78,7 +81,7 @@ class RemoteLarge:
         """What it says of the token after `tokens`: nothing where a server that takes only text
         cannot be asked, as in the middle of a character. Raises as `logits`."""
         can = self.capabilities
-        prompt, count, drifted = self._prompt(tokens)
+        prompt, count, drifted = await self._sent(tokens)
         if prompt is None:
             return NOTHING
         sampling = Sampling(temperature=0.0 if can.before_temperature else 1.0)
@@ -116,7 +119,7 @@ class RemoteLarge:
         `hears`. Raises as `logits`.
         """
         can = self.capabilities
-        prompt, count, _ = self._prompt(tokens)
+        prompt, count, _ = await self._sent(tokens)
         if prompt is None:
             return None
         number = secrets.randbelow(2**31) if seed is None else seed % 2**31
@@ -129,6 +132,12 @@ class RemoteLarge:
         if not said.text and said.ended:
             return self._spelling.alphabet.end
         return self._spelling.first(said.text)
+
+    async def _sent(self, tokens: Sequence[int]) -> tuple[Prompt | None, int, bool]:
+        """As `_prompt`; in a thread where it would hold up the others."""
+        if self.capabilities.takes_ids or len(tokens) < _LONG:
+            return self._prompt(tokens)
+        return await asyncio.to_thread(self._prompt, tokens)
 
     def _prompt(self, tokens: Sequence[int]) -> tuple[Prompt | None, int, bool]:
         """What is sent for `tokens`, how many tokens that is, and whether they are others."""

@@ -13,6 +13,16 @@ import msgspec
 from shared.errors import EngineError
 
 BY_ID = "token_id:"
+_NOT_OURS = (
+    msgspec.DecodeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
+"""What reading JSON of another shape ends in: whoever serves it, no pass of ours fails by it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +63,7 @@ def answer(body: bytes, where: str) -> Answer:
     """
     try:
         return _answer(msgspec.json.decode(body))
-    except (msgspec.DecodeError, ValueError, TypeError, KeyError, IndexError) as error:
+    except _NOT_OURS as error:
         raise EngineError(f"{where} answered what is no completion ({error!r})") from error
 
 
@@ -64,7 +74,7 @@ def refusal(body: bytes) -> str:
         for key in ("error", "message", "detail"):
             if isinstance(found, dict) and key in found:
                 found = cast("dict[str, Any]", found)[key]
-    except msgspec.DecodeError:
+    except _NOT_OURS:
         found = body.decode(errors="replace")
     return " ".join(str(found).split())[:300] or "no reason given"
 

@@ -117,7 +117,7 @@ async def _at(
         for mode in ("stock", "large", PLAIN, DRAFTING):
             greedy.add(mode, await _speed(servers, mode, chosen))
         for mode in (PLAIN, DRAFTING):
-            sampled.add(mode, await _speed(servers, mode, chosen, temperature=1.0, seed=turn))
+            sampled.add(mode, await _speed(servers, mode, chosen, temperature=1.0))
     fast = greedy.median(DRAFTING)
     predicted, drafts = told.gain(told.greedy)
     name = f"proxy.c{ratio}"
