@@ -86,8 +86,10 @@ class Weights:
 class Generation:
     """Steps one version's sequences. Opened and closed by one thread, stepped by another."""
 
-    def __init__(self, weights: Weights, adapter: Adapter | None, room: Room) -> None:
-        """It has computed a first token.
+    def __init__(
+        self, weights: Weights, adapter: Adapter | None, room: Room, *, drafted: bool = False
+    ) -> None:
+        """It has computed a first token. `drafted`: its passes will be now shorter, now longer.
 
         Raises:
             EngineError: the adapter does not fit the model, there is no memory, or the model says
@@ -118,7 +120,8 @@ class Generation:
             block.kind == "output_rows" for block in adaptation.blocks
         )
         self._context: Any = self._open_context(watched=rows)
-        self._batch = _Batch(BATCH_TOKENS, room.lanes)
+        self._drafted = drafted
+        self._batch = _Batch(BATCH_TOKENS, room.lanes, drafted=drafted)
         self._fillings = range(_MOST_FILLED + 1)
         """To how many tokens a pass of so many is filled up."""
         try:
@@ -139,7 +142,7 @@ class Generation:
         Raises:
             EngineError: llama.cpp failed; the cache is in no known state.
         """
-        size = self._batch.fill(plan, self._fillings)
+        size = self._batch.fill(plan, self.filled(plan.size))
         assert size <= BATCH_TOKENS, f"a pass of {size} tokens would abort the process"
         self._edit(plan)
         if not plan.shares:
@@ -156,9 +159,9 @@ class Generation:
             return np.empty((0, self.weights.vocabulary.size), np.float32)
         logits = self._logits(reads)
         if len(self._rows):
-            states = np.concatenate(self._states)
+            states = np.concatenate(self._states)[:reads]
             self._states.clear()
-            if len(states) != reads:
+            if len(states) < reads:
                 raise EngineError("llama.cpp gave no final states: output rows cannot be served")
             logits[:, self._rows] += states @ self._deltas.T
         return logits
@@ -210,7 +213,7 @@ class Generation:
         inputs = Inputs(Embeddings(self.weights.path, self.weights.header), adaptation)
         inputs.set(values)
         self.prompt = inputs.prompt.tolist()
-        self._batch = _Batch(BATCH_TOKENS, self.room.lanes, inputs)
+        self._batch = _Batch(BATCH_TOKENS, self.room.lanes, inputs, drafted=self._drafted)
 
     def _try(self) -> None:
         """One token, so that a version that cannot speak is refused before it serves anyone."""
@@ -221,6 +224,10 @@ class Generation:
             raise EngineError("the model's answers are not finite with this adapter")
         if self._whole and self.room.lanes > 1 and self.room.cells > 2 * _HELD:
             self._fillings = self._measured_fillings()
+
+    def filled(self, size: int) -> int:
+        """How many tokens a pass of `size` is sent with."""
+        return self._fillings[size] if size < len(self._fillings) else size
 
     def occupy(self) -> bool:
         """Fill lane 0 for trials in others, as others' texts do in service; whether it matters."""
@@ -302,12 +309,16 @@ class Generation:
 class _Batch:
     """The arrays of llama.cpp's batch, made once."""
 
-    def __init__(self, most: int, spare: int, inputs: Inputs | None = None) -> None:
+    def __init__(
+        self, most: int, spare: int, inputs: Inputs | None = None, *, drafted: bool
+    ) -> None:
         """With `inputs` their embeddings are sent in place of the tokens.
 
-        What fills a pass up goes to lane `spare`.
+        What fills a pass up goes to lane `spare`. Where passes are `drafted`, it is read as well if
+        all others are: llama.cpp makes its graph anew whenever it has other sizes than the last.
         """
         self._spare = spare
+        self._drafted = drafted
         self._inputs = inputs
         self._embeddings = np.empty((0, 0), np.float32)
         self._tokens = np.zeros(most, np.int32)
@@ -324,8 +335,9 @@ class _Batch:
         self.sent.seq_id = pointer(self._places, ctypes.POINTER(ctypes.c_int32))
         self.sent.logits = pointer(self._read, ctypes.c_int8)
 
-    def fill(self, plan: Plan, fillings: Several[int]) -> int:
-        """The batch holds the plan's tokens; how many there are (too many are not written)."""
+    def fill(self, plan: Plan, filled: int) -> int:
+        """The batch holds the plan's tokens and is filled up; its length (too many tokens are not
+        written)."""
         size = plan.size
         if size > len(self._tokens):
             return size
@@ -340,13 +352,13 @@ class _Batch:
             self._read[at:end] = 0
             self._read[end - share.reads : end] = 1
             at = end
-        if size < len(fillings) and fillings[size] > size:
-            more = slice(size, fillings[size])
+        if filled > size:
+            more = slice(size, filled)
             self._tokens[more] = 0
-            self._positions[more] = range(fillings[size] - size)
+            self._positions[more] = range(filled - size)
             self._lanes[more] = self._spare
-            self._read[more] = 0
-            size = fillings[size]
+            self._read[more] = self._drafted and bool(self._read[:size].all())
+            size = filled
         self.sent.n_tokens = size
         if self._inputs is not None:
             self._embeddings = self._inputs.of(self._tokens[:size])

@@ -41,6 +41,7 @@ _EVERY = 16
 _TRY_EVERY = 64
 """And so often something is drafted that does not seem to pay: what it costs may have changed."""
 _TRIED = 3
+_RECENT = 0.05
 _AHEAD = 3
 """So many drafts more are looked at, to see whether the next one is worth its price."""
 _SOME = 4
@@ -63,19 +64,36 @@ class _Line:
 
 
 class _Timed:
-    """A model with its cost curve; of its logits those of the first `tokens` tokens."""
+    """A model with its cost curve; of its logits those of the first `tokens` tokens.
+
+    A pass of another length than the last costs more: llama.cpp makes its graph anew.
+    """
 
     def __init__(self, generation: Generation, curve: Curve, tokens: int) -> None:
         self.generation = generation
         self.curve = curve
         self._tokens = tokens
+        self._length = 0
+        self._anew = 0.0
+        """Seconds more."""
 
     def decode(self, plan: Plan) -> Rows:
         began = time.perf_counter()
         rows = self.generation.decode(plan)
         if plan.shares:
-            self.curve.measured(plan.size, time.perf_counter() - began)
+            seconds, length = time.perf_counter() - began, self.generation.filled(plan.size)
+            if length == self._length:
+                self.curve.measured(plan.size, seconds)
+            else:
+                more = seconds - self.curve.seconds(plan.size)
+                self._anew += _RECENT * (max(more, 0.0) - self._anew)
+            self._length = length
         return rows[:, : self._tokens]
+
+    def seconds(self, size: int) -> float:
+        """What a pass of `size` tokens would take now."""
+        again = self.generation.filled(size) == self._length
+        return self.curve.seconds(size) + (0.0 if again else self._anew)
 
 
 def _try(models: list[_Timed]) -> None:
@@ -264,7 +282,7 @@ class Ensemble:
         assert self._base is not None
         some = -(-writing // _SOME)
         ahead = self._tuned.curve.seconds(some) / some
-        large, base = self._large.curve, self._base.curve
+        large, base = self._large, self._base
         sizes = [size + j * some for j in range(_AHEAD + 1)]
         verified = [(large.seconds(one) + base.seconds(one)) / some for one in sizes]
         drafts = [cost + j * ahead for j, cost in enumerate(verified)]

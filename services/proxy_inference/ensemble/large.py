@@ -54,7 +54,7 @@ class Large:
         self.check(small)
         opened: list[Generation] = []
         try:
-            opened.append(Generation(self._weights, None, room))
+            opened.append(Generation(self._weights, None, room, drafted=self._speculates))
             if adapter is not None:
                 opened.append(Generation(small, adapter, room))
                 if opened[1].prompt:
@@ -62,7 +62,7 @@ class Large:
                         "a version with a soft prompt steers no large model: its tokens have other "
                         "places"
                     )
-                opened.append(Generation(small, anchor, room))
+                opened.append(Generation(small, anchor, room, drafted=self._speculates))
             large, tuned, base = [*opened, None, None][:3]
             assert large is not None
             curves = self._curves.setdefault(small.digest, Curves())
