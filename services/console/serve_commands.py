@@ -40,7 +40,10 @@ def list_routes(url: Url = URL, as_json: options.Json = False) -> None:
         printer.result(answer, _routes(answer))
         by = "by --mode" if answer["set_by_operator"] else "where a request does not say"
         alpha = "" if answer["alpha"] is None else f" at alpha {answer['alpha']:g}"
-        printer.remark(f"{answer['serving']}: {answer['mode']}{alpha} answers, {by}")
+        if answer["serving"] is None:
+            printer.remark("nothing is served yet")
+        else:
+            printer.remark(f"{answer['serving']}: {answer['mode']}{alpha} answers, {by}")
         if answer["measuring"]:
             printer.remark(f"measuring {answer['measuring']}")
         if answer["problem"]:

@@ -59,7 +59,7 @@ Link = Callable[..., "asyncio.Future[NatsBus]"]
 
 
 async def test_rounds_go_on_whichever_server_dies(cluster: Cluster, tmp_path: Path) -> None:
-    servers, rounds = cluster.servers, 120
+    servers, rounds = cluster.servers, 300
     async with fleet_on(cluster.nodes[0], tmp_path, servers=servers, service_options=R3) as fleet:
         for name in ("d0", "d1"):
             await fleet.start_device(name, trusted=name == "d0")
