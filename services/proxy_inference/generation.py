@@ -366,6 +366,21 @@ class _Batch:
         return size
 
 
+def steering(small: Weights, adapter: Adapter, room: Room) -> Generation:
+    """The tuned small model, for a large one that it is to steer.
+
+    Raises:
+        EngineError: it has a soft prompt, or cannot be served.
+    """
+    tuned = Generation(small, adapter, room)
+    if tuned.prompt:
+        tuned.close()
+        raise EngineError(
+            "a version with a soft prompt steers no large model: its tokens have other places"
+        )
+    return tuned
+
+
 def _adaptation(adapter: Adapter) -> Adaptation:
     manifest = adapter.manifest
     return Adaptation(

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.proxy_inference.batching import Forget, Plan, Schedule, Sequence, Share
-from services.proxy_inference.ensemble.combining import divergence, steer
+from services.proxy_inference.ensemble.combining import steer
 from services.proxy_inference.ensemble.costs import Curve, Curves
 from services.proxy_inference.ensemble.counts import Counts
 from services.proxy_inference.ensemble.drafting import (
@@ -36,10 +36,8 @@ _SIZES = (1, 2, 4, 8, 16, 3, 32, 6, 5, 12, 24, 48, 10)
 _LEAST_SIZES = 3
 _TRIALS = 6
 _TRIALS_S = 1.5
-_EVERY = 16
-"""Divergences are measured every so many passes."""
 _TRY_EVERY = 64
-"""And so often something is drafted that does not seem to pay: what it costs may have changed."""
+"""Every so many passes something is drafted that does not seem to pay: costs may have changed."""
 _TRIED = 3
 _RECENT = 0.05
 _AHEAD = 3
@@ -291,7 +289,7 @@ class Ensemble:
 
     def _steered(self, large: list[Heard], base: Rows) -> list[Heard]:
         self._counts.passes += 1
-        watched = self._counts.passes % _EVERY == 0
+        watched = self._counts.watches
         found: list[Heard] = []
         at = 0
         for heard in large:
@@ -307,7 +305,7 @@ class Ensemble:
                 steer(heard.logits, tuned, base[at : at + reads], alpha)
                 at += reads
                 if alone is not None:
-                    self._watch(heard.logits[0], alone, tuned[0])
+                    self._counts.watch(heard.logits[0], alone, tuned[0])
                     watched = False
                 self._learn_dropped(line, heard.logits[-1])
             found.append(Heard(heard.share, heard.logits, tuple(line.drafts)))
@@ -319,12 +317,6 @@ class Ensemble:
             sampler = line.drafter.sampler
             taken = sampler.chance(logits, line.dropped)
             self._acceptance[sampler.greedy].learn(line.dropped.sure, taken)
-
-    def _watch(self, logits: Rows, large: Rows, tuned: Rows) -> None:
-        if all(np.isfinite(row.max()) for row in (logits, large, tuned)):
-            self._counts.divergences += 1
-            self._counts.from_large += divergence(logits, large)
-            self._counts.from_tuned += divergence(logits, tuned)
 
 
 def _with_drafts(line: _Line) -> Share:

@@ -3,7 +3,7 @@
 from services.proxy_inference.ensemble.costs import Curves
 from services.proxy_inference.ensemble.counts import Counts
 from services.proxy_inference.ensemble.ensemble import Ensemble
-from services.proxy_inference.generation import Generation, Weights
+from services.proxy_inference.generation import Generation, Weights, steering
 from services.proxy_inference.shelf import ModelFile
 from services.proxy_inference.speaking import Room
 from shared.adapter import Adapter
@@ -56,12 +56,7 @@ class Large:
         try:
             opened.append(Generation(self._weights, None, room, drafted=self._speculates))
             if adapter is not None:
-                opened.append(Generation(small, adapter, room))
-                if opened[1].prompt:
-                    raise EngineError(
-                        "a version with a soft prompt steers no large model: its tokens have other "
-                        "places"
-                    )
+                opened.append(steering(small, adapter, room))
                 opened.append(Generation(small, anchor, room, drafted=self._speculates))
             large, tuned, base = [*opened, None, None][:3]
             assert large is not None

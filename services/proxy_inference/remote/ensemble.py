@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.proxy_inference.batching import Plan, Schedule, Sequence, Share
-from services.proxy_inference.ensemble.combining import divergence
 from services.proxy_inference.ensemble.counts import Counts
 from services.proxy_inference.generation import Generation
 from services.proxy_inference.remote.bridge import Bridge
@@ -34,8 +33,6 @@ Result = TypeVar("Result")
 _MOST_READS = 64
 """Requests of one pass: one for each token of a prompt whose own log-probabilities are wanted."""
 _NEVER = np.float32(-1e9)
-_EVERY = 16
-"""Divergences are measured every so many passes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +155,9 @@ class RemoteEnsemble:
             if line.tuned is not None:
                 difference = line.tuned[place] - line.base[place]
                 rows[place] += np.float32(line.sequence.alpha) * difference
-                if not place:
-                    self._watch(rows[place], filled.logits.astype(np.float32), line.tuned[place])
+                if not place and self._counts.watches:
+                    large = filled.logits.astype(np.float32)
+                    self._counts.watch(rows[place], large, line.tuned[place])
         return Heard(line.share, rows)
 
     def _drawn(self, line: _Line, run: Run) -> Coroutine[Any, Any, int | None]:
@@ -202,12 +200,6 @@ class RemoteEnsemble:
             rows[-1, among] = small[-1, among]
             _doubt(line.sequence).unheard += 1
         return Heard(line.share, rows)
-
-    def _watch(self, logits: Rows, large: Rows, tuned: Rows) -> None:
-        if self._counts.passes % _EVERY == 0:
-            self._counts.divergences += 1
-            self._counts.from_large += divergence(logits, large)
-            self._counts.from_tuned += divergence(logits, tuned)
 
 
 async def _together(work: list[Coroutine[Any, Any, Result]]) -> list[Result | str]:

@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
 from services.proxy_inference.ensemble.counts import Counts
-from services.proxy_inference.generation import Generation, Weights
+from services.proxy_inference.generation import Generation, Weights, steering
 from services.proxy_inference.remote import link as links
 from services.proxy_inference.remote.bridge import Bridge
 from services.proxy_inference.remote.capabilities import MOST, Capabilities
@@ -64,15 +64,8 @@ class RemoteHost:
             EngineError: they do not go together, or there is no memory.
         """
         large = RemoteLarge(self._link, self.check(small), Spelling(small.vocabulary))
-        tuned: Generation | None = None
-        if adapter is not None:
-            tuned = Generation(small, adapter, room)
+        tuned = None if adapter is None else steering(small, adapter, room)
         try:
-            if tuned is not None and tuned.prompt:
-                raise EngineError(
-                    "a version with a soft prompt steers no large model: its tokens have other "
-                    "places"
-                )
             base = Generation(small, anchor, room)
         except EngineError:
             if tuned is not None:

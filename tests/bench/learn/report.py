@@ -26,7 +26,8 @@ from tests.bench.learn.settings import (
     measure,
 )
 from tests.bench.learn.table import Curves, goal_of, lines, markdown, ratio
-from tests.bench.learn.workers import RunFailed, Workers
+from tests.bench.learn.workers import Workers
+from tests.bench.processes import RunFailed
 
 FLAT_SHARE = 0.9
 """A run that has this share of the ceiling's gain, and gains nothing more, ends."""

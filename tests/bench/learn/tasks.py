@@ -64,12 +64,12 @@ class LearnTask:
 
     def model(self, quantisation: str = "q8_0") -> Path:
         """The GGUF file that devices run."""
-        return _there(MODEL / f"{quantisation}.gguf")
+        return there(MODEL / f"{quantisation}.gguf")
 
     @property
     def checkpoint(self) -> Path:
         """The same model for transformers, a folder."""
-        return _there(MODEL)
+        return there(MODEL)
 
 
 @dataclass(frozen=True)
@@ -143,8 +143,7 @@ def _classification(dataset: str, source: _Source, random: Random) -> tuple[list
     """Training and held-out rows of `text`, `label`, `group` (the label) and `domain`."""
 
     def rows(file: str) -> list[Row]:
-        read = _read(dataset, file)
-        found = {row["text"]: row for row in read if row["text"].strip()}
+        found = {row["text"]: row for row in read(dataset, file) if row["text"].strip()}
         return [
             {
                 "text": text,
@@ -155,16 +154,16 @@ def _classification(dataset: str, source: _Source, random: Random) -> tuple[list
             for text, row in found.items()
         ]
 
-    heldout = _some(rows(source.heldout), source.heldout_rows, random)
+    heldout = some(rows(source.heldout), source.heldout_rows, random)
     known = {row["text"] for row in heldout}
     training = [row for row in rows(source.training) if row["text"] not in known]
-    return _some(training, TRAINING_ROWS, random), heldout
+    return some(training, TRAINING_ROWS, random), heldout
 
 
 def _generation(random: Random) -> tuple[list[Row], list[Row]]:
     """Training and held-out rows of e2e_nlg: `prompt`, `completion` and `group` (the food)."""
     by_meaning: dict[tuple[str, ...], dict[str, Row]] = {}
-    for row in _read("e2e_nlg", "cleaned_test"):
+    for row in read("e2e_nlg", "cleaned_test"):
         attributes = re.findall(r"(\w[\w ]*\[[^\]]*\])", row["mr"])
         food = [one for one in attributes if one.startswith("food[")]
         prompt, completion = row["mr"] + "\n", row["ref"]
@@ -178,7 +177,7 @@ def _generation(random: Random) -> tuple[list[Row], list[Row]]:
     training: list[Row] = []
     for number in random.permutation(len(meanings)):
         (heldout if len(heldout) < _E2E_HELDOUT_ROWS else training).extend(meanings[number])
-    return _some(training, TRAINING_ROWS, random), heldout[:_E2E_HELDOUT_ROWS]
+    return some(training, TRAINING_ROWS, random), heldout[:_E2E_HELDOUT_ROWS]
 
 
 def _label_words(source: _Source, training: Sequence[Row]) -> dict[str, str]:
@@ -188,7 +187,7 @@ def _label_words(source: _Source, training: Sequence[Row]) -> dict[str, str]:
         return {label: f" {source.words[label]}" for label in labels}
     choices = {label: _spellings(label) for label in labels}
     flat = [word for words in choices.values() for word in words]
-    model = str(_there(MODEL / "q8_0.gguf"))
+    model = str(there(MODEL / "q8_0.gguf"))
     first = dict(zip(flat, LlamaEngine().inspect(model, flat, source.template).tokens, strict=True))
     owners: dict[int, str] = {}
     found: dict[str, str] = {}
@@ -256,16 +255,19 @@ def _bare(rows: list[Row]) -> list[Row]:
     return [{k: v for k, v in row.items() if k not in ("group", "domain")} for row in rows]
 
 
-def _some(rows: list[Row], count: int, random: Random) -> list[Row]:
+def some(rows: list[Row], count: int, random: Random) -> list[Row]:
+    """So many, in an order of chance."""
     return [rows[n] for n in random.permutation(len(rows))[:count]]
 
 
-def _read(dataset: str, file: str) -> list[Row]:
-    with _there(DATA / dataset / f"{file}.jsonl").open(encoding="utf-8") as lines:
+def read(dataset: str, file: str) -> list[Row]:
+    """The rows of a file, as they are. Raises SystemExit where it is missing."""
+    with there(DATA / dataset / f"{file}.jsonl").open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 
 
-def _there(path: Path) -> Path:
+def there(path: Path) -> Path:
+    """`path`. Raises SystemExit where it is missing, and says what to set."""
     if not path.exists():
-        raise SystemExit(f"learn: {path} is missing; set SEEDWIRE_DATA and SEEDWIRE_MODELS")
+        raise SystemExit(f"{path} is missing; set SEEDWIRE_DATA and SEEDWIRE_MODELS")
     return path

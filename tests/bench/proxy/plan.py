@@ -34,7 +34,7 @@ from services.proxy_inference.routing import Judge
 from shared.messages import Task
 from tests.bench.learn.orders import Order, order
 from tests.bench.learn.settings import Table
-from tests.bench.learn.tasks import DATA, MODELS, LearnTask, Row, learn_task
+from tests.bench.learn.tasks import MODELS, LearnTask, Row, learn_task, read, some, there
 
 HARNESS = 1
 """Part of every kept result's name: raised when the same settings would give other numbers."""
@@ -118,7 +118,7 @@ class SmallTask(LearnTask):
 
     @property
     def checkpoint(self) -> Path:
-        return _there(MODELS / SMALL)
+        return there(MODELS / SMALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,20 +147,20 @@ def rows(plan: Plan) -> Rows:
 
 
 def gguf(model: str, quantisation: str = "q8_0") -> Path:
-    return _there(MODELS / model / f"{quantisation}.gguf")
+    return there(MODELS / model / f"{quantisation}.gguf")
 
 
 def _topics(task: LearnTask, random: np.random.Generator, public_rows: int) -> Rows:
     used = {row["text"] for row in _all(task)}
-    test = {row["text"]: row for row in _read("ag_news", "test") if row["text"] not in used}
+    test = {row["text"]: row for row in read("ag_news", "test") if row["text"] not in used}
     validation = [
         {"text": row["text"], "label": row["label_name"]}
-        for row in _some(list(test.values()), VALIDATION_ROWS, random)
+        for row in some(list(test.values()), VALIDATION_ROWS, random)
     ]
     used |= {row["text"] for row in validation}
-    free = {row["text"]: row for row in [*test.values(), *_read("ag_news", "train")]}
+    free = {row["text"]: row for row in [*test.values(), *read("ag_news", "train")]}
     public = [{"text": text} for text in free if text not in used]
-    return Rows(task, validation, _some(public, public_rows, random))
+    return Rows(task, validation, some(public, public_rows, random))
 
 
 def _meanings(task: LearnTask, random: np.random.Generator, public_rows: int) -> Rows:
@@ -183,24 +183,24 @@ def _meanings(task: LearnTask, random: np.random.Generator, public_rows: int) ->
     used = {_meaning(row["prompt"]) for row in _all(task)}
     public = [
         {"prompt": row["mr"] + "\n", "completion": row["ref"]}
-        for row in _read("e2e_nlg", "cleaned_dev")
+        for row in read("e2e_nlg", "cleaned_dev")
         if _meaning(row["mr"]) not in used
     ]
     return Rows(
         dataclasses.replace(task, devices=devices),
         validation[:VALIDATION_ROWS],
-        _some(public, public_rows, random),
+        some(public, public_rows, random),
     )
 
 
 def _stories(random: np.random.Generator) -> Rows:
     found: list[Row] = []
-    for row in _read("tinystories_1000", "all"):
+    for row in read("tinystories_1000", "all"):
         first, stop, rest = row["text"].strip().partition(". ")
         if rest:
             found.append({"prompt": first + stop.rstrip(), "completion": f" {rest}"})
     parts: dict[str, list[Row]] = {}
-    left = _some(found, len(found), random)
+    left = some(found, len(found), random)
     for name, count in STORIES.items():
         parts[name], left = left[:count], left[count:]
     devices = {f"device-{n:02}": left[n::STORY_DEVICES] for n in range(STORY_DEVICES)}
@@ -218,18 +218,3 @@ def _all(task: LearnTask) -> Iterable[Row]:
     for held in task.devices.values():
         yield from held
     yield from task.heldout
-
-
-def _some(found: list[Row], count: int, random: np.random.Generator) -> list[Row]:
-    return [found[n] for n in random.permutation(len(found))[:count]]
-
-
-def _read(dataset: str, file: str) -> list[Row]:
-    with _there(DATA / dataset / f"{file}.jsonl").open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
-
-
-def _there(path: Path) -> Path:
-    if not path.exists():
-        raise SystemExit(f"proxy: {path} is missing; set SEEDWIRE_DATA and SEEDWIRE_MODELS")
-    return path

@@ -13,24 +13,17 @@ everything. PROXY_JOBS steps are made at once (2), each one core's work. What wa
 import asyncio
 import os
 import sys
-import time
 
 import msgspec
 
-from deploy.demo.processes import ROOT
-from shared.orphans import ends_with_parent
 from tests.bench.figure import Figure
+from tests.bench.processes import RunFailed, run_module
 from tests.bench.proxy.plan import CACHE, DATASETS, Plan, judge, plan, steps
 from tests.bench.proxy.steps import AFTER, Slice, curve, kept, path
 from tests.bench.proxy.table import Quality
 
-LAST_WORDS = 4000
 ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 """Of numpy and torch: each step is one core's work."""
-
-
-class StepFailed(Exception):
-    """A step came to nothing; the text is the end of what it said."""
 
 
 async def figures() -> list[Figure]:
@@ -56,7 +49,7 @@ async def qualities() -> list[Quality]:
         async with asyncio.TaskGroup() as group:
             for one in plans:
                 group.create_task(_made(one, places))
-    except* StepFailed as failed:
+    except* RunFailed as failed:
         first: BaseException = failed
         while isinstance(first, BaseExceptionGroup):
             first = first.exceptions[0]
@@ -89,7 +82,7 @@ async def made(plan: Plan, step: str) -> None:
     if not path(step, plan).exists():
         try:
             await _run(step, plan)
-        except StepFailed as failed:
+        except RunFailed as failed:
             raise SystemExit(str(failed)) from None
 
 
@@ -112,25 +105,10 @@ async def _made(plan: Plan, places: asyncio.Semaphore) -> None:
 
 
 async def _run(step: str, plan: Plan) -> None:
-    began = time.monotonic()
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "tests.bench.proxy.steps", step),
+    await run_module(
+        f"proxy: {step} of {plan.dataset}",
+        "tests.bench.proxy.steps",
+        step,
         msgspec.json.encode(plan).decode(),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.PIPE,
-        cwd=ROOT,
-        env={**os.environ, **ONE_THREAD},
-        preexec_fn=ends_with_parent(),
+        environment=ONE_THREAD,
     )
-    try:
-        _, said = await process.communicate()
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    name = f"proxy: {step} of {plan.dataset}"
-    if process.returncode:
-        words = said.decode(errors="replace")[-LAST_WORDS:]
-        raise StepFailed(f"{name} exited with {process.returncode}:\n{words}")
-    print(f"{name} took {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
