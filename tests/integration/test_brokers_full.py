@@ -15,7 +15,7 @@ from shared import subjects
 from shared.broker import BrokerProcess, start_broker
 from shared.codec import decode
 from shared.errors import TransientError
-from shared.log import ensure_streams
+from shared.log import ensure_streams, read_patiently
 from shared.log_writer import LogWriter
 from shared.messages import DeviceReport, JobEnded, ServiceReport
 from shared.nats_bus import NatsBus, connect
@@ -176,7 +176,9 @@ async def test_one_server_of_a_cluster_with_a_full_disk_holds_up_nobody_for_long
                     await cluster.nodes[0].start()
                 else:
                     await writer.append("a", event)
-            stored = [one.sequence async for one in bus.read(LOG, subjects.ALL_LOGS)]
+            async with asyncio.timeout(60):  # any replica answers, the newly started one too
+                history = read_patiently(bus, LOG, subjects.ALL_LOGS, up_to=102)
+                stored = [sequence async for sequence, _ in history]
             assert stored == list(range(1, 103))
             await bus.close()
 
