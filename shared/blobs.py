@@ -27,6 +27,10 @@ Progress = Callable[[int, int], None]
 Result = TypeVar("Result")
 
 
+class NotStored(TransientError):
+    """The store has not all of a blob: it was removed, or is yet to come."""
+
+
 async def put(streams: Streams, source: bytes | Path) -> BlobRef:
     """The blob is in the store, whole; chunks that are there already are not sent again."""
     ref = await asyncio.to_thread(reference, source)
@@ -43,7 +47,8 @@ async def fetch(
     """The blob is at `path`. What was fetched is kept beside it, and a later call goes on there.
 
     Raises:
-        TransientError: the link failed, or a chunk is missing or damaged: its text says which.
+        TransientError: the link failed, or a chunk is damaged, or missing (NotStored): its text
+            says which.
     """
     part = path.with_name(path.name + ".part")
     await asyncio.to_thread(path.parent.mkdir, parents=True, exist_ok=True)
@@ -109,7 +114,7 @@ async def _chunk(streams: Streams, ref: BlobRef, index: int) -> bytes:
         subjects.BLOBS_STREAM, subjects.blob(ref.digest, index), timeout_s=CHUNK_TIMEOUT_S
     )
     if stored is None:
-        raise TransientError(
+        raise NotStored(
             f"chunk {index} of {_chunks(ref)} of blob {ref.digest} is not in the store: upload it "
             "again (`seedwire blob put FILE`)",
             delay_s=10.0,

@@ -37,6 +37,11 @@ class Progress:
         """Nothing so far."""
         return cls(Pool(opened.directions))
 
+    @property
+    def empty(self) -> bool:
+        """Nothing came, in time or late."""
+        return not (self.updates or self.late_updates)
+
 
 @dataclass
 class RoundRecord:
@@ -89,17 +94,6 @@ class RoundRecord:
         """It is past the lateness bound: which probes it has counted is of no more use."""
         self.expired = True
         self.seen.clear()
-
-
-@dataclass
-class Evaluated:
-    """The newest evaluation, pooled over its round."""
-
-    round: int
-    examples: int = 0
-    correct: int = 0
-    weight: int = 0
-    loss: float = 0.0
 
 
 def contribute(contributions: dict[str, Contribution], row: FoldedUpdate) -> None:

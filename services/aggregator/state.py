@@ -15,10 +15,11 @@ from services.aggregator.methods import METHODS, Closing, Method, Past, RoundSum
 from services.aggregator.opening import open_epoch
 from services.aggregator.pooling import Pool
 from services.aggregator.roster import Counted, Roster
-from services.aggregator.rounds import Evaluated, Progress, RoundRecord, contribute, round_of
+from services.aggregator.rounds import Progress, RoundRecord, contribute, round_of
 from services.aggregator.terms import merged
 from shared.adapter import Adapter
 from shared.errors import RejectError, StaleMessage
+from shared.heldout import HeldOut
 from shared.messages import (
     AdapterEvaluated,
     BlobRef,
@@ -44,6 +45,8 @@ from shared.messages import (
 )
 
 KEPT_SNAPSHOTS = 2
+"""In the store: so many of the newest, and so many of those that did best on held-out rows, as one
+more device's figures may change which of them is the best."""
 EVALUATION_ROUNDS = 100
 """How late an evaluation may come: the first one of a job reads all held-out rows."""
 
@@ -81,11 +84,14 @@ class JobState:
         self.published_round = -1
         self.snapshot_due = False
         self.snapshots: list[BlobRef] = []
+        """Those that may be in the store."""
+        self._outdated: tuple[list[BlobRef], list[BlobRef]] = ([], [])
+        """Those that were so when the last but one was published, and when the last was."""
         self.detail_sequence = 0
         self.unlogged: list[tuple[int, EvaluationSums]] = []
         self.evaluations_logged: set[tuple[int, int]] = set()
         """Each by the UpdatesFolded it was made from, and the round it is of."""
-        self.evaluated: Evaluated | None = None
+        self._held_out = HeldOut()
         self._newest: Commit | None = None
         self._importance: Importance | None = None
         self._successor: Adapter | None = None
@@ -146,7 +152,7 @@ class JobState:
             return [self._next_round()]
         if self.published_round != self.round or self.waiting:
             return []
-        return [self._end()]
+        return [self._end("stopped" if self.stopped else "finished")]
 
     @property
     def waiting(self) -> bool:
@@ -157,9 +163,9 @@ class JobState:
         return not last and self.published_round == self.round
 
     def decide_stop(self) -> list[LogEvent]:
-        """The close of the open round, or the end of a job that waits."""
-        if self.waiting:
-            return [msgspec.structs.replace(self._end(), reason="stopped")]
+        """The close of the open round, or the end of a job that waits, or that lacks its start."""
+        if self.waiting or self.start is not None:
+            return [self._end("stopped")]
         return self.decide_close(stop=True)
 
     def decide_epoch(self, request: OpenEpoch, start: bytes, anchor: bytes | None) -> EpochOpened:
@@ -191,19 +197,22 @@ class JobState:
 
     @property
     def outdated_snapshots(self) -> list[BlobRef]:
-        """Snapshots that newer ones pushed out, unless a kept one holds the same bytes."""
-        kept, older = self.snapshots[-KEPT_SNAPSHOTS:], self.snapshots[:-KEPT_SNAPSHOTS]
-        return [snapshot for snapshot in older if snapshot not in kept]
+        """Snapshots that newer or better ones pushed out, unless a kept one has the same bytes."""
+        needed = self.needed
+        return [snapshot for snapshot in self.snapshots if snapshot not in needed]
 
     @property
     def needed(self) -> list[BlobRef]:
-        """What the store must keep for the job."""
-        return [*self._begun_with, *self.snapshots[-KEPT_SNAPSHOTS:]]
+        """What the store must keep for the job: where it began, its newest, and its best."""
+        best = [published.snapshot for published in self._held_out.ranked()[:KEPT_SNAPSHOTS]]
+        return [*self._begun_with, *self.snapshots[-KEPT_SNAPSHOTS:], *best]
 
     # ---- evolve
 
     def evolve(self, event: LogEvent | DetailEvent, sequence: int) -> None:
         """Apply one fact; `sequence` is its place in its stream."""
+        if isinstance(event, LogEvent):
+            self._held_out.see(event)
         match event:
             case EpochOpened():
                 self._evolve_epoch(event, sequence)
@@ -219,10 +228,13 @@ class JobState:
             case ModelPublished():
                 self.published_round = event.round
                 self.snapshot_due = False
-                # One more than what was just pushed out: its removal may have been cut short.
-                self.snapshots = [*self.snapshots, event.snapshot][-KEPT_SNAPSHOTS - 2 :]
+                # The store is told twice what to remove: the first time may have been cut short.
+                told, again = self._outdated
+                there = [one for one in self.snapshots if one not in told or one not in again]
+                self.snapshots = [*there, event.snapshot]
+                self._outdated = again, self.outdated_snapshots
             case JobEnded():
-                self.ended = event
+                self.ended, self.open = event, None
                 self._behind.clear()
             case UpdatesFolded():
                 self._evolve_folded(event, sequence)
@@ -237,7 +249,7 @@ class JobState:
 
     def summary(self) -> JobSummary:
         """What the operator is told of this job."""
-        evaluated = self.evaluated
+        evaluated = self._held_out.measured[-1] if self._held_out.measured else None
         return JobSummary(
             job=self.job,
             status=self._status,
@@ -247,10 +259,8 @@ class JobState:
             rounds=self.spec.tuning.rounds,
             digest=self.ended.digest if self.ended else self._digest,
             reason=self.ended.reason if self.ended else "",
-            accuracy=evaluated.correct / evaluated.examples
-            if evaluated and evaluated.examples
-            else None,
-            loss=evaluated.loss / evaluated.weight if evaluated and evaluated.weight else None,
+            accuracy=evaluated.accuracy if evaluated else None,
+            loss=evaluated.loss if evaluated else None,
         )
 
     @property
@@ -364,14 +374,19 @@ class JobState:
             past = Past(self.commits, terms, self._importance)
             plan = self._method.plan(spec.tuning, adapter, number, past)
         opened = round_of(self.job, spec, adapter, number, plan, self.abandoned_in_a_row)
-        every = spec.evaluation.every_rounds
-        due = bool(every) and self.commits % every == 0 and not self.carried
+        due = self._evaluation_due and not self.carried
         return msgspec.structs.replace(
             opened,
             evaluate=plan is None or due,
             commits=self.commits,
             batch_round=self.carried[0] if self.carried else 0,
         )
+
+    @property
+    def _evaluation_due(self) -> bool:
+        """Whether held-out rows are to be measured after so many commits."""
+        every = self.spec.evaluation.every_rounds
+        return bool(every) and self.commits % every == 0
 
     def _evaluated(self, sequence: int, sums: EvaluationSums) -> AdapterEvaluated:
         epoch = self.adapter.manifest.epoch
@@ -387,15 +402,9 @@ class JobState:
             importance=record.visits.after(self._importance) if record.visits else None,
         )
 
-    def _end(self) -> JobEnded:
-        adapter = self.adapter
-        return JobEnded(
-            job=self.job,
-            epoch=adapter.manifest.epoch,
-            round=self.round,
-            reason="stopped" if self.stopped else "finished",
-            digest=adapter.digest(),
-        )
+    def _end(self, reason: Literal["finished", "stopped"]) -> JobEnded:
+        stands = self.round - (self.open is not None)
+        return JobEnded(self.job, self._epoch, stands, reason, self._digest)
 
     def _evolve_epoch(self, event: EpochOpened, sequence: int) -> None:
         """Nothing of the epoch before is of use any more: its latecomers would move nothing."""
@@ -435,8 +444,10 @@ class JobState:
         self.stopped = event.reason == "stopped"
         evaluation_left = self.spec.evaluation.every_rounds and record.opened.kind == "tune"
         complete = self.commits >= self.spec.tuning.rounds and not evaluation_left
-        self.finished = self.stopped or complete
-        periodic = tuned and self.commits % self.spec.snapshot_every == 0
+        self.finished = self.stopped or complete or (self._held_out.converged and not self.carried)
+        # What is measured is published: it may turn out to be the best.
+        every = self.commits % self.spec.snapshot_every == 0
+        periodic = tuned and (every or self._evaluation_due)
         self.snapshot_due = self.snapshot_due or self.finished or periodic
 
     def _evolve_evaluated(self, event: AdapterEvaluated) -> None:
@@ -446,13 +457,6 @@ class JobState:
             for sequence, sums in self.unlogged
             if (sequence, sums.round) != (event.detail_sequence, event.round)
         ]
-        if self.evaluated is None or self.evaluated.round < event.round:
-            self.evaluated = Evaluated(event.round)
-        if self.evaluated.round == event.round:
-            self.evaluated.examples += event.examples
-            self.evaluated.correct += event.correct
-            self.evaluated.weight += event.weight
-            self.evaluated.loss += event.loss
 
     def _evolve_folded(self, event: UpdatesFolded, sequence: int) -> None:
         self.detail_sequence = max(self.detail_sequence, sequence)
@@ -502,6 +506,12 @@ class JobState:
 
     def _forget(self) -> None:
         """Drop what is past the lateness bound; of evaluated rounds, what probes need."""
+        oldest = self.round - self.spec.pacing.lateness_rounds
+        for number in [number for number in self.carried if number < oldest]:
+            progress = self.rounds[number].progress
+            if progress is not None and progress.empty:  # nobody came, or will
+                self.rounds[number].committed(None)
+                self.carried.remove(number)
         for number, record in list(self.rounds.items()):
             if record.progress is not None:
                 continue

@@ -65,6 +65,7 @@ def submit_job(
     enough_devices: options.EnoughDevices = None,
     enough_probes: options.EnoughProbes = None,
     evaluate_every: options.EvaluateEvery = None,
+    patience: options.Patience = None,
     epochs: options.Epochs = None,
     spec: options.Spec = None,
     watch_it: options.Watch = False,
@@ -112,7 +113,7 @@ def submit_job(
                 "enough_devices": enough_devices,
                 "enough_probes": enough_probes,
             },
-            "evaluation": {"every_rounds": evaluate_every},
+            "evaluation": {"every_rounds": evaluate_every, "patience": patience},
         }
 
     async def command() -> None:

@@ -270,7 +270,18 @@ EvaluateEvery = Annotated[
     typer.Option(
         min=0,
         metavar="ROUNDS",
-        help="How often trusted devices measure held-out rows; 0: never (10).",
+        help="How often trusted devices measure held-out rows; 0: never (ten times a job, every 50"
+        " rounds at least). What did best serves and is exported.",
+        rich_help_panel=PACE,
+    ),
+]
+Patience = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        metavar="MEASUREMENTS",
+        help="End tuning when so many in a row of held-out rows brought nothing better; 0: never"
+        " (0).",
         rich_help_panel=PACE,
     ),
 ]

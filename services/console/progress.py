@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from shared.heldout import HeldOut, Measured
 from shared.messages import (
     AdapterEvaluated,
     Distilled,
@@ -13,25 +14,6 @@ from shared.messages import (
     RoundClosed,
     RoundOpened,
 )
-
-
-@dataclass
-class Measured:
-    """What the trusted devices together say of the adapter at one round."""
-
-    round: int
-    examples: int = 0
-    correct: int = 0
-    weight: int = 0
-    summed: float = 0.0
-
-    @property
-    def accuracy(self) -> float | None:
-        return self.correct / self.examples if self.examples else None
-
-    @property
-    def loss(self) -> float | None:
-        return self.summed / self.weight if self.weight else None
 
 
 @dataclass
@@ -69,6 +51,7 @@ class Progress:
     losses: list[float] = field(default_factory=list[float])
     """Of the devices' batches, by round."""
     _measured: bool = False
+    _judged: HeldOut = field(default_factory=HeldOut)
 
     @property
     def untouched(self) -> bool:
@@ -77,6 +60,7 @@ class Progress:
 
     def evolve(self, event: LogEvent) -> None:
         """Take in one fact of the job's log."""
+        self._judged.see(event)
         match event:
             case JobOpened():
                 self.rounds, self.epochs = event.spec.tuning.rounds, event.spec.epochs
@@ -103,7 +87,7 @@ class Progress:
         """Whether the rounds of an epoch that is not the last are done and published."""
         if self.ended is not None or self.epoch + 1 >= self.epochs or self.published is None:
             return False
-        done = self.closed - self.closed_before >= self.rounds
+        done = self.closed - self.closed_before >= self.rounds or self._judged.converged
         return done and not self.is_open and self.published.round == self.round
 
     def epoch_line(self) -> str:
@@ -146,7 +130,8 @@ class Progress:
         if self.epochs > 1:
             rows.insert(0, ("epochs", f"{self.epoch + 1} of {self.epochs}"))
         if self.ended is not None:
-            rows.insert(0, ("ended", self.ended.reason))
+            early = ", as nothing came that was better" if self._judged.converged else ""
+            rows.insert(0, ("ended", self.ended.reason + early))
         rows.append(("updates counted", str(self.updates)))
         if self.first is not None and self.last is not None:
             before, after = self.first, self.last
@@ -155,12 +140,22 @@ class Progress:
             rows.append(("held-out loss", f"{_number(before.loss)} -> {_number(after.loss)}"))
         else:  # of batches that differ from round to round: says less
             rows.append(("devices' loss", f"{_number(self.first_loss)} -> {_number(self.loss)}"))
-        if self.published is not None:
-            rows.append(("adapter", self.published.digest))
-            rows.append(("snapshot blob", self.published.snapshot.digest))
+        published = self.published
+        best = next(iter(self._judged.ranked()), None)
+        if best is not None and published is not None:
+            rows.append(("best of those published", self._best(best)))
+            published = best
+        if published is not None:
+            rows.append(("adapter", published.digest))
+            rows.append(("snapshot blob", published.snapshot.digest))
         elif self.ended is not None:
             rows.append(("adapter", self.ended.digest))
         return rows
+
+    def _best(self, published: ModelPublished) -> str:
+        measured = self._judged.of(published.digest)
+        told = self._figures(measured) if measured is not None else []
+        return f"round {published.round}: {', '.join(told)}"
 
     def _close(self, event: RoundClosed) -> None:
         self.round, self.devices, self.is_open = event.round, event.devices, False
@@ -181,21 +176,19 @@ class Progress:
             self.evaluations.append(self.last)
         if event.round != self.last.round:
             return
-        self.last.examples += event.examples
-        self.last.correct += event.correct
-        self.last.weight += event.weight
-        self.last.summed += event.loss
+        self.last.add(event)
         self._measured = True
         if self.first is None:
             self.first = self.last
 
     def _held_out(self) -> list[str]:
-        if self.last is None:
-            return []
-        loss = f"held-out loss {_number(self.last.loss)}"
-        if self.last.accuracy is None or not self.has_answers:
+        return [] if self.last is None else self._figures(self.last)
+
+    def _figures(self, measured: Measured) -> list[str]:
+        loss = f"held-out loss {_number(measured.loss)}"
+        if measured.accuracy is None or not self.has_answers:
             return [loss]
-        return [f"accuracy {self.last.accuracy:.1%}", loss]
+        return [f"accuracy {measured.accuracy:.1%}", loss]
 
     def _came(self) -> str:
         came = f"{self.devices} {'device' if self.devices == 1 else 'devices'}"

@@ -74,7 +74,7 @@ def roll_back(
 
 @commands.command("follow")
 def follow(url: Url = URL, as_json: options.Json = False) -> None:
-    """Serve the newest version again, and each that is published."""
+    """Serve the best version again (or the newest), and what comes to be better."""
     printer = Printer(as_json=as_json)
 
     def work(client: ProxyClient) -> None:

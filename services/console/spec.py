@@ -231,6 +231,11 @@ def _let_follow(merged: Table, method: str) -> None:
     rounds = tuning.get("rounds", Tuning().rounds)
     if isinstance(rounds, int):
         merged.setdefault("snapshot_every", min(MOST_APART, max(1, rounds // VERSIONS)))
+    evaluation, every = _table(merged, "evaluation"), merged.get("snapshot_every")
+    if isinstance(every, int):
+        evaluation.setdefault("every_rounds", every)
+    if evaluation.get("patience") and not evaluation.get("every_rounds"):
+        raise Usage("--patience counts measurements: let --evaluate-every be at least 1")
 
 
 def _parsed(value: Table, kind: type[Parsed], flags: Mapping[str, Table]) -> Parsed:

@@ -11,6 +11,7 @@ from shared.adapter import Adapter, next_epoch
 from shared.bus import Link
 from shared.codec import decode_answer, encode, encode_manifest
 from shared.errors import RejectError
+from shared.heldout import HeldOut
 from shared.messages import (
     BlobRef,
     Distilled,
@@ -19,6 +20,7 @@ from shared.messages import (
     JobEnded,
     JobOpened,
     JobSpec,
+    LogEvent,
     ModelPublished,
     OpenEpoch,
     RoundClosed,
@@ -35,9 +37,11 @@ class Waiting:
     job: str
     spec: JobSpec
     adapter: Adapter
-    """As it was published last."""
+    """The published one that did best on held-out rows, or else the last."""
     anchor: NDArray[np.float32]
     """(d,): what stands for the base model in the present ensemble; zeros: itself."""
+    round: int
+    """The last that was closed."""
 
 
 async def waiting(link: Link, job: str) -> Waiting:
@@ -51,8 +55,11 @@ async def waiting(link: Link, job: str) -> Waiting:
     epoch: EpochOpened | None = None
     published: ModelPublished | None = None
     closed, is_open, ended = 0, False, False
+    held_out = HeldOut()
     async with aclosing(log.read(link, subjects.LOG_STREAM, subjects.log(job))) as events:
         async for _, event in events:
+            if isinstance(event, LogEvent):
+                held_out.see(event)
             match event:
                 case JobOpened():
                     spec = event.spec
@@ -78,13 +85,14 @@ async def waiting(link: Link, job: str) -> Waiting:
             f"the rounds of epoch {epoch.epoch + 1} of job {job} are not done; try again when "
             "`seedwire job list` says that it waits"
         )
-    data = await blobs.load(link, published.snapshot)
+    best = next(iter(held_out.ranked()), published)
+    data = await blobs.load(link, best.snapshot)
     adapter = Adapter.from_bytes(epoch.manifest, data)
     anchor = np.zeros(adapter.layout.d, np.float32)
     if epoch.anchor is not None:
         data = await blobs.load(link, epoch.anchor)
         anchor = Adapter.from_bytes(epoch.manifest, data).values()
-    return Waiting(job, spec, adapter, anchor)
+    return Waiting(job, spec, adapter, anchor, closed)
 
 
 async def open_epoch(
@@ -104,7 +112,7 @@ async def open_epoch(
     data = encode_manifest(manifest)
 
     async def stored(theta: NDArray[np.int32]) -> BlobRef:
-        return await blobs.put(link, Adapter.placed(data, job.adapter.round, theta).to_bytes())
+        return await blobs.put(link, Adapter.placed(data, job.round, theta).to_bytes())
 
     request = OpenEpoch(
         job=job.job,

@@ -51,7 +51,8 @@ async def _serve(
     models: Models,
     large: Large | RemoteHost | None,
 ) -> None:
-    versions = Versions(settings.job, pin=shelf.pin())
+    served = shelf.served()
+    versions = Versions(settings.job, pin=shelf.pin(), prefer=settings.prefer, served=served)
     worker = Worker()
     waiter = Worker() if isinstance(large, RemoteHost) else worker
     pool = Pool(worker, _room(settings), large, waiter)

@@ -21,6 +21,13 @@ class Settings(HttpSettings, frozen=True):
     job: Annotated[
         str, Meta(description="Serve this job; without it, the job that published last.")
     ] = ""
+    prefer: Annotated[
+        Literal["best", "newest"],
+        Meta(
+            description="Which of a job's versions serves: the best on held-out rows of trusted "
+            "devices (the newest, where there are none), or always the newest."
+        ),
+    ] = "best"
     large: Annotated[
         str,
         Meta(

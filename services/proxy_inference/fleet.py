@@ -11,7 +11,7 @@ from shared.bus import Link
 from shared.clock import SystemClock
 from shared.credentials import Credentials
 from shared.logs import get
-from shared.messages import EpochOpened, JobOpened, ModelPublished
+from shared.messages import AdapterEvaluated, LogEvent, ModelPublished
 from shared.metrics import Counters
 from shared.service import report_counters
 
@@ -43,7 +43,7 @@ async def _follow(bus: Link, versions: Versions, swapper: Swapper) -> None:
     history = job_log.read_patiently(bus, subjects.LOG_STREAM, subjects.ALL_LOGS)
     async with aclosing(history) as events:
         async for after, event in events:
-            if isinstance(event, JobOpened | EpochOpened | ModelPublished):
+            if isinstance(event, LogEvent):
                 versions.see(after, event)
     versions.history_read()
     log.info("history_read", sequence=after)
@@ -51,5 +51,5 @@ async def _follow(bus: Link, versions: Versions, swapper: Swapper) -> None:
     async with aclosing(job_log.follow_all(bus, bus, after)) as events:
         async for sequence, event in events:
             versions.see(sequence, event)
-            if isinstance(event, ModelPublished):
+            if isinstance(event, ModelPublished | AdapterEvaluated):
                 swapper.wake()

@@ -218,7 +218,7 @@ class Proxy:
         return pin
 
     async def follow(self) -> None:
-        """The newest version serves again, as soon as it is loaded."""
+        """The preferred version serves again, as soon as it is loaded."""
         self.versions.follow()
         await self._pinned(None)
 

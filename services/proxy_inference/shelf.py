@@ -52,6 +52,7 @@ class Shelf:
         self.models = folder / "models"
         self._versions = folder / "versions"
         self._pin = folder / "pin"
+        self._served = folder / "served"
         self._digests = folder / "digests"
         try:
             for each in (self.models, self._versions):
@@ -89,6 +90,16 @@ class Shelf:
             self._pin.unlink(missing_ok=True)
         else:
             _write(self._pin, msgspec.msgpack.encode(pin))
+
+    def served(self) -> str:
+        """The digest of the version that served last; empty: none did."""
+        return _read(self._served, str) or ""
+
+    def set_served(self, digest: str) -> None:
+        try:
+            _write(self._served, msgspec.msgpack.encode(digest))
+        except OSError as error:  # it is for the time after a restart alone
+            log.warning("not_noted", path=str(self._served), error=str(error))
 
     def file(self, named: str) -> ModelFile:
         """The file that `named` names. Raises OSError where it cannot be read."""

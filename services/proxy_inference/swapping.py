@@ -106,6 +106,11 @@ class Swapper:
                 if self._versions.wanted() != wanted:
                     continue  # overtaken
                 self._pool.serve(await self._opened(wanted))
+                await asyncio.to_thread(self._shelf.set_served, wanted.digest)
+            except blobs.NotStored:
+                if not self._versions.miss(wanted):
+                    raise
+                log.warning("version_not_stored", version=wanted.name)
             except (EngineError, RejectError) as error:
                 self.refused += 1
                 self._versions.refuse(wanted, str(error))

@@ -1,16 +1,21 @@
-"""Which version serves: the newest of a job, an older one on command, never one that was refused.
+"""Which version serves: a job's best on held-out rows, or its newest, or the one on command.
 
-Pure: facts of the log and what lies on disk go in, a version to serve comes out. Versions that are
-overtaken before they are served are skipped, not queued.
+Never one that was refused. Pure: facts of the log and what lies on disk go in, a version to serve
+comes out. Versions that are overtaken before they are served are skipped, not queued.
 """
 
 from collections.abc import Iterable
+from typing import Literal
 
 import msgspec
 
+from shared.heldout import HeldOut
 from shared.messages import BlobRef, EpochOpened, JobOpened, JobSpec, LogEvent, ModelPublished
 
 BASE = "base"
+
+Prefer = Literal["best", "newest"]
+
 _PUBLISHED_KNOWN = 64
 """So many published versions of a job are remembered; the store has its last two."""
 
@@ -50,9 +55,21 @@ class UnknownVersion(Exception):
 class Versions:
     """Everything known of the fleet's versions."""
 
-    def __init__(self, job: str = "", *, pin: Pin | None = None) -> None:
-        """`job`: serve this one alone; empty: the one that published last."""
+    def __init__(
+        self,
+        job: str = "",
+        *,
+        pin: Pin | None = None,
+        prefer: Prefer = "best",
+        served: str = "",
+    ) -> None:
+        """`job`: serve this one alone; empty: the one that published last.
+
+        `served` is the digest of what served before a restart; it serves on until the log is read.
+        """
         self.pin = pin
+        self._prefer: Prefer = prefer
+        self._served = served
         self.refused: dict[str, str] = {}
         """Why, by digest of the adapter."""
         self._only = job
@@ -61,6 +78,11 @@ class Versions:
         self._anchors: dict[tuple[str, int], BlobRef] = {}
         self._known: dict[tuple[str, int], Version] = {}
         """By job and round; a later epoch's takes an earlier one's place."""
+        self._held_out: dict[str, HeldOut] = {}
+        self._best_before: dict[str, Version] = {}
+        """By job: its best of the epoch before, as long as the present one has published none."""
+        self._absent: set[str] = set()
+        """Digests of what the store has no more."""
         self._kept: set[tuple[str, int]] = set()
         """Those on disk."""
         self._logged: set[str] = set()
@@ -68,6 +90,12 @@ class Versions:
 
     def see(self, sequence: int, event: LogEvent) -> None:
         """Take in one fact of the log."""
+        if isinstance(event, JobOpened):
+            self._held_out[event.job] = HeldOut()
+        elif isinstance(event, EpochOpened) and (best := self._best(event.job)):
+            self._best_before[event.job] = best
+        if event.job in self._held_out:
+            self._held_out[event.job].see(event)
         match event:
             case JobOpened():
                 self._specs[event.job] = event.spec
@@ -80,6 +108,7 @@ class Versions:
                     event.job, event.epoch, event.round, event.digest, event.snapshot, sequence
                 )
                 self._add(version)
+                self._absent.discard(version.digest)
                 self._logged.add(version.digest)
             case _:
                 pass
@@ -101,6 +130,7 @@ class Versions:
             if version.digest not in self._logged and version.sequence >= 0:
                 before = version.sequence - _ANOTHER_LOG
                 self._known[key] = msgspec.structs.replace(version, sequence=before)
+        self._served = ""
 
     def forget(self, version: Version) -> None:
         """The version lies on disk no more."""
@@ -110,6 +140,11 @@ class Versions:
         """The version cannot be served, now or later."""
         self.refused[version.digest] = why
 
+    def miss(self, version: Version) -> bool:
+        """The store does not have it now; whether another is wanted in its place."""
+        self._absent.add(version.digest)
+        return self.wanted() != version
+
     def wanted(self) -> Version | None:
         """The version that should serve; None if nothing was published."""
         if self.pin is not None:
@@ -117,10 +152,14 @@ class Versions:
             if pinned is not None and pinned.digest not in self.refused:
                 return pinned
         usable = [one for one in self._usable() if self._only in ("", one.job)]
-        return max(usable, key=lambda one: one.sequence, default=None)
+        newest = max(usable, key=lambda one: one.sequence, default=None)
+        if newest is None:
+            return None
+        served = next((one for one in usable if one.digest == self._served), None)
+        return served or self._best(newest.job) or newest
 
     def of(self, job: str, round: int | None = None) -> Version:
-        """A job's version after `round`, or its newest (the pinned one, while one is pinned).
+        """A job's version after `round`, or the one that is preferred (or pinned).
 
         Raises:
             UnknownVersion: there is none.
@@ -130,7 +169,8 @@ class Versions:
         found = [one for one in self._usable(job) if round in (None, one.round)]
         if not found:
             raise UnknownVersion(self._no_version(job, round))
-        return max(found, key=lambda one: one.sequence)
+        best = self._best(job) if round is None else None
+        return best or max(found, key=lambda one: one.sequence)
 
     def rollback(self, serving: Version | None, round: int | None) -> Pin:
         """Pin `round` of the job that serves, or what came before its present version.
@@ -156,9 +196,10 @@ class Versions:
         return self.pin
 
     def follow(self) -> None:
-        """Serve the newest again, and whatever comes; what was refused is tried again."""
+        """Serve the preferred again, and whatever comes; what was refused is tried again."""
         self.pin = None
         self.refused.clear()
+        self._absent.clear()
 
     def listed(self) -> list[Version]:
         """Versions that can be asked for by name, newest first: those on disk, and the wanted."""
@@ -171,6 +212,7 @@ class Versions:
     def surplus(self, count: int, serving: Iterable[Version]) -> list[Version]:
         """Versions on disk beyond the newest `count` of each job, but for those in use."""
         held = {one.name for one in serving} | {f"{p.job}@{p.round}" for p in [self.pin] if p}
+        held |= {best.name for job in self._held_out if (best := self._best(job))}
         surplus: list[Version] = []
         for job in {job for job, _ in self._kept}:
             kept = [self._known[key] for key in self._kept if key[0] == job]
@@ -199,6 +241,21 @@ class Versions:
         for old in mine[:-_PUBLISHED_KNOWN]:
             if (old.job, old.round) not in self._kept:
                 del self._known[old.job, old.round]
+
+    def _best(self, job: str) -> Version | None:
+        """What did best on held-out rows in the job's newest epoch that has versions.
+
+        None where nothing was measured, or the newest is preferred.
+        """
+        if self._prefer == "newest" or job not in self._held_out:
+            return None
+        usable = {one.digest: one for one in self._usable(job) if one.digest not in self._absent}
+        ranked = (usable.get(one.digest) for one in self._held_out[job].ranked())
+        best = next(filter(None, ranked), None)
+        before = self._best_before.get(job)
+        if best is not None or before is None or before.digest not in usable:
+            return best
+        return before if all(one.epoch <= before.epoch for one in usable.values()) else None
 
     def _usable(self, job: str = "") -> list[Version]:
         return [

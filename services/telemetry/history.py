@@ -8,6 +8,7 @@ from typing import Literal, TypeVar
 
 import msgspec
 
+from shared.heldout import HeldOut
 from shared.messages import (
     AdapterEvaluated,
     Distilled,
@@ -112,6 +113,8 @@ class JobHistory(msgspec.Struct):
     rounds: dict[int, RoundRow] = {}
     evaluations: dict[int, EvaluationRow] = {}
     published: dict[int, PublishedRow] = {}
+    held_out: HeldOut = msgspec.field(default_factory=HeldOut)
+    """Of the present epoch."""
     arriving: int = -1
     """The newest round that updates have come for."""
     arrived: set[str] = set()
@@ -119,6 +122,7 @@ class JobHistory(msgspec.Struct):
 
     def evolve(self, event: LogEvent) -> None:
         """Take in one fact of the job's log."""
+        self.held_out.see(event)
         match event:
             case JobOpened():
                 self.status, self.reason = "running", ""
@@ -148,7 +152,8 @@ class JobHistory(msgspec.Struct):
                     event.round, event.digest, snapshot.digest, snapshot.size_bytes
                 )
                 kept(self.published, event.round, version)
-                if self.commits >= self.rounds_planned and self.epoch + 1 < self.epochs:
+                done = self.commits >= self.rounds_planned or self.held_out.converged
+                if done and self.epoch + 1 < self.epochs:
                     self.status = "waiting"
             case JobEnded():
                 self.status, self.reason, self.digest = "ended", event.reason, event.digest
@@ -189,6 +194,16 @@ class JobHistory(msgspec.Struct):
         last = self.evaluation
         return last.accuracy if last and self.has_answers else None
 
+    @property
+    def best(self) -> dict[str, object] | None:
+        """The version that did best on held-out rows."""
+        for published in self.held_out.ranked()[:1]:
+            measured = self.held_out.of(published.digest)
+            if measured is not None:
+                accuracy = measured.accuracy if self.has_answers else None
+                return {"round": published.round, "accuracy": accuracy, "loss": measured.loss}
+        return None
+
     def summary(self) -> dict[str, object]:
         """The job in a line of a list."""
         last = self.evaluation
@@ -209,6 +224,7 @@ class JobHistory(msgspec.Struct):
             "loss": self.loss,
             "heldout_loss": last.loss if last else None,
             "accuracy": self.accuracy,
+            "best": self.best,
             "has_answers": self.has_answers,
             "snapshot_every": self.snapshot_every,
         }

@@ -138,6 +138,9 @@ class Evaluation(Record, frozen=True):
 
     every_rounds: Annotated[int, Meta(ge=0, le=2**31)] = 10
     enough_devices: Annotated[int, Meta(ge=1, le=2**16)] = 1
+    patience: Annotated[int, Meta(ge=0, le=2**31)] = 0
+    """After so many measurements in a row without a better one tuning is over; 0: it goes on to
+    its last round."""
 
 
 class JobSpec(Record, frozen=True):

@@ -313,7 +313,7 @@ def test_rows_that_judge_nothing_are_refused_before_anything_is_learned(
     layout = Layout(Manifest(0, "llama", 7, some_blocks(twin), [Variant("0" * 64, 1, "tiny")], 1))
     manifest = encode_manifest(msgspec.structs.replace(layout.manifest, d=layout.d))
     spec = JobSpec(task=TASKS["choices"], tuning=a_job().spec.tuning)
-    job = Waiting("demo", spec, Adapter(manifest), np.zeros(layout.d, np.float32))
+    job = Waiting("demo", spec, Adapter(manifest), np.zeros(layout.d, np.float32), 0)
     rows = write(tmp_path / "rows.jsonl", "choices", labels=False)
     told: list[str] = []
     asked = config.Settings(

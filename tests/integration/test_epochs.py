@@ -83,7 +83,7 @@ async def test_a_fleet_goes_on_from_where_the_next_epoch_starts(tmp_path: Path) 
         assert (manifest.epoch, manifest.epoch_of_a) == (1, 0)
         assert manifest.blocks == decode_manifest(first.manifest).blocks
         assert second.distilled == FIGURES
-        adapter = Adapter.placed(second.manifest, job.adapter.round, theta)
+        adapter = Adapter.placed(second.manifest, job.round, theta)
         assert adapter.digest() == second.digest
         closes = [event for event in events if isinstance(event, RoundClosed)]
         assert sum(close.commit is not None for close in closes) == 2 * ROUNDS

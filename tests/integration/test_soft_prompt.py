@@ -91,7 +91,8 @@ async def test_a_job_from_the_command_line_learns_and_is_exported_as_numbers(
         why = await refused(fleet, "soft", "--form", "gguf", *to)
         assert "gguf: it has no place for a soft prompt" in why
         assert "--form soft-prompt writes its numbers" in why
-        code, output, errors = await seedwire(fleet, "export", "soft", *to)
+        last = ["--round", str(final.round)]
+        code, output, errors = await seedwire(fleet, "export", "soft", *last, *to)
         assert code == 0, output + errors
         files = sorted(path.name for path in (tmp_path / "out").iterdir())
         assert files == ["README.md", "soft-prompt.safetensors"]

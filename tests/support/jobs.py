@@ -7,11 +7,13 @@ from msgspec.structs import replace
 
 from shared.adapter import Adapter
 from shared.codec import encode_manifest
+from shared.heldout import HeldOut
 from shared.messages import (
     Block,
     EvaluateResult,
     Evaluation,
     JobSpec,
+    LogEvent,
     Manifest,
     Pacing,
     ProbeResult,
@@ -49,6 +51,8 @@ def a_job(
     enough_devices: int = 2,
     enough_probes: int = 16,
     evaluate_every: int = 0,
+    patience: int = 0,
+    epochs: int = 1,
     momentum: int = 0,
     snapshot_every: int = 50,
     d: int = 64,
@@ -66,8 +70,9 @@ def a_job(
                 clip=1e6,
             ),
             pacing=Pacing(enough_devices=enough_devices, enough_probes=enough_probes),
-            evaluation=Evaluation(every_rounds=evaluate_every),
+            evaluation=Evaluation(every_rounds=evaluate_every, patience=patience),
             snapshot_every=snapshot_every,
+            epochs=epochs,
         ),
         manifest=a_manifest(momentum=momentum, d=d),
     )
@@ -138,13 +143,23 @@ def a_probe(
     )
 
 
-def an_evaluation(opened: RoundOpened, device: str, *, correct: int = 30) -> SubmitUpdate:
+def an_evaluation(
+    opened: RoundOpened, device: str, *, correct: int = 30, loss: float = 120.0
+) -> SubmitUpdate:
     return SubmitUpdate(
         key=UpdateKey(opened.job, opened.epoch, opened.round, device, 0),
         digest=opened.digest,
-        result=EvaluateResult(examples=100, correct=correct, weight=100, loss=120.0),
+        result=EvaluateResult(examples=100, correct=correct, weight=100, loss=loss),
         work_s=0.5,
     )
+
+
+def judged(events: Iterable[LogEvent]) -> HeldOut:
+    """What a job's log says of its versions."""
+    held_out = HeldOut()
+    for event in events:
+        held_out.see(event)
+    return held_out
 
 
 def adapter_after(manifest: bytes, events: Iterable[object]) -> Adapter:

@@ -1,5 +1,6 @@
 """One job of the aggregator with its two streams in lists: the service without a bus."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from services.aggregator.folding import Outcome
@@ -9,7 +10,6 @@ from shared.adapter import Adapter, next_epoch
 from shared.blobs import reference
 from shared.codec import encode_manifest
 from shared.messages import (
-    BlobRef,
     DetailEvent,
     JobOpened,
     LogEvent,
@@ -19,6 +19,7 @@ from shared.messages import (
     SubmitJob,
     SubmitUpdate,
 )
+from tests.support.jobs import a_probe, an_evaluation
 
 
 @dataclass
@@ -59,7 +60,7 @@ class Run:
         while True:
             due = self.state.snapshot_due and self.state.open is None
             if due:
-                self._log(self.state.decide_published(BlobRef("b" * 64, 1)))
+                self._log(self.state.decide_published(reference(self.state.adapter.to_bytes())))
             events = self.state.decide_next()
             for event in events:
                 if isinstance(event, DetailEvent):
@@ -144,3 +145,24 @@ class Run:
 
 def words(outcomes: list[Outcome]) -> list[str]:
     return [outcome.word for outcome in outcomes]
+
+
+def measured_run(figures: Sequence[tuple[int, float]], submit: SubmitJob) -> Run:
+    """A job measured as it begins and after each round, with two devices, until figures run out.
+
+    Each figure is (right answers, summed loss) of 100 examples.
+    """
+    run = Run(submit)
+    for correct, loss in figures:
+        if run.state.open is None:
+            break
+        opened = run.opened
+        run.send(an_evaluation(opened, "trusted", correct=correct, loss=loss))
+        if opened.kind == "tune":
+            moved(run)
+    return run
+
+
+def moved(run: Run) -> None:
+    """Two devices answer the open round, which closes."""
+    run.send(a_probe(run.opened, "a"), a_probe(run.opened, "b", first=8))

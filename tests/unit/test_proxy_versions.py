@@ -3,7 +3,17 @@
 import pytest
 
 from services.proxy_inference.versions import Pin, UnknownVersion, Version, Versions
-from shared.messages import BlobRef, EpochOpened, JobOpened, JobSpec, ModelPublished, Task
+from shared.messages import (
+    BlobRef,
+    EpochOpened,
+    JobOpened,
+    JobSpec,
+    LogEvent,
+    ModelPublished,
+    Task,
+)
+from tests.support.jobs import a_job
+from tests.support.runs import measured_run, moved
 
 SPEC = JobSpec(task=Task(loss="tokens"))
 
@@ -121,3 +131,65 @@ def test_what_is_asked_for_by_name_is_found_or_told_with_what_there_is() -> None
         versions.of("gpt-4")
     with pytest.raises(UnknownVersion, match="a has no round 7; rounds at hand: 6"):
         versions.of("a", 7)
+
+
+BEST_IN_THE_MIDDLE = [(25, 140.0), (60, 90.0), (80, 50.0), (70, 60.0), (50, 90.0)]
+"""Right answers and loss of 100 held-out rows: at the start, and after each of four rounds."""
+
+JOB = a_job(rounds=4, evaluate_every=1)
+
+
+def follow(versions: Versions, log: list[LogEvent], done: int = 0) -> list[str | None]:
+    """What was wanted from fact to fact, after the `done` first."""
+    seen: list[str | None] = []
+    for sequence, event in enumerate(log[done:], done + 1):
+        versions.see(sequence, event)
+        if not seen or seen[-1] != wanted(versions):
+            seen.append(wanted(versions))
+    return seen
+
+
+def test_what_does_best_on_held_out_rows_serves_and_the_newest_where_that_is_preferred() -> None:
+    log = measured_run(BEST_IN_THE_MIDDLE, JOB).log
+    assert follow(Versions(), log) == [None, "demo@1", "demo@2"]
+    assert follow(Versions(prefer="newest"), log)[-1] == "demo@5"
+    asked = Versions()
+    follow(asked, log)
+    assert asked.of("demo").name == "demo@2"
+    assert asked.of("demo", 3).name == "demo@3"
+
+
+def test_the_next_best_serves_where_the_store_has_the_best_no_more() -> None:
+    versions = Versions()
+    follow(versions, measured_run(BEST_IN_THE_MIDDLE, JOB).log)
+    best = versions.wanted()
+    assert best is not None
+    assert versions.miss(best)
+    assert wanted(versions) == "demo@3"
+    newest = Versions(prefer="newest")
+    follow(newest, measured_run(BEST_IN_THE_MIDDLE, JOB).log)
+    last = newest.wanted()
+    assert last is not None
+    assert not newest.miss(last)
+
+
+def test_after_a_restart_what_served_serves_until_the_log_is_read() -> None:
+    versions = Versions(served=digest("a", 2))
+    for number, round in enumerate((1, 2, 3), 1):
+        keep(versions, "a", round, number)
+    assert wanted(versions) == "a@2"
+    versions.history_read()
+    assert wanted(versions) == "a@3"
+
+
+def test_the_best_of_an_epoch_serves_until_the_next_has_a_version() -> None:
+    run = measured_run(BEST_IN_THE_MIDDLE, a_job(rounds=4, evaluate_every=1, epochs=2))
+    versions = Versions()
+    follow(versions, run.log)
+    done = len(run.log)
+    run.open_epoch(run.next_epoch())
+    assert follow(versions, run.log, done) == ["demo@2"]
+    done = len(run.log)
+    moved(run)
+    assert isinstance(run.log[-2], ModelPublished)
+    assert follow(versions, run.log, done)[-1] == f"demo@{run.log[-2].round}"

@@ -8,8 +8,8 @@ import json
 from services.console.export.peft_folder import FOLDER
 from services.console.export.tuned import Tuned
 from services.console.labels import spaced
-from services.console.progress import Measured
 from shared.engine.fitting import OUTPUT
+from shared.heldout import Measured
 from shared.runtime import project_version
 
 Row = tuple[str, str]

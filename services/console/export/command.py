@@ -53,7 +53,7 @@ def export(
             "--round",
             min=1,
             help="The adapter as it was after this round, replayed from the log; otherwise the "
-            "newest that was published.",
+            "published one that did best on held-out rows, or the newest of them.",
         ),
     ] = None,
     to: Annotated[

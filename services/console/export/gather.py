@@ -32,7 +32,7 @@ async def gather(
     base_name: str | None,
     printer: Printer,
 ) -> Tuned:
-    """The adapter of `job` after `round`, or of its newest published one, and its base.
+    """The adapter of `job` after `round`, or else its best or newest published one, and its base.
 
     Raises:
         Failure: there is no such job or round, or `model` is not the job's.
@@ -94,8 +94,8 @@ async def adapter_at(streams: Streams, history: History, round: int, printer: Pr
             continue
         try:
             data = await blobs.load(streams, history.published[published].snapshot)
-        except TransientError:  # only the last few are kept
-            break
+        except TransientError:  # only some are kept
+            continue
         adapter = Adapter.from_bytes(epoch.manifest, data)
         break
     closes = [closed for closed in history.until(round) if closed.round > adapter.round]

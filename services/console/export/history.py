@@ -3,9 +3,8 @@
 from dataclasses import dataclass, field
 
 from services.console.failure import Failure
-from services.console.progress import Measured
+from shared.heldout import HeldOut, Measured
 from shared.messages import (
-    AdapterEvaluated,
     EpochOpened,
     JobEnded,
     JobOpened,
@@ -24,27 +23,21 @@ class History:
     spec: JobSpec | None = None
     epoch: EpochOpened | None = None
     closed: list[RoundClosed] = field(default_factory=list[RoundClosed])
-    evaluated: dict[int, Measured] = field(default_factory=dict[int, Measured])
-    """By the round that was open: what it says is of the adapter after the round before."""
+    held_out: HeldOut = field(default_factory=HeldOut)
     published: dict[int, ModelPublished] = field(default_factory=dict[int, ModelPublished])
     ended: JobEnded | None = None
 
     def evolve(self, event: LogEvent) -> None:
         """Take in one fact."""
+        self.held_out.see(event)
         match event:
             case JobOpened():
                 self.spec = event.spec
             case EpochOpened():
                 self.epoch = event
-                self.closed, self.evaluated, self.published = [], {}, {}
+                self.closed, self.published = [], {}
             case RoundClosed():
                 self.closed.append(event)
-            case AdapterEvaluated():
-                pooled = self.evaluated.setdefault(event.round, Measured(event.round))
-                pooled.examples += event.examples
-                pooled.correct += event.correct
-                pooled.weight += event.weight
-                pooled.summed += event.loss
             case ModelPublished():
                 self.published[event.round] = event
             case JobEnded():
@@ -63,7 +56,7 @@ class History:
         return self.spec, self.epoch
 
     def round_to_export(self, wanted: int | None) -> int:
-        """`wanted`, or else the newest published round, or the newest at all.
+        """`wanted`, or else the published one that did best, or the newest of them, or of all.
 
         Raises:
             Failure: that round has not closed.
@@ -77,7 +70,8 @@ class History:
             )
         last = self.closed[-1].round
         if wanted is None:
-            return max(self.published, default=last)
+            best = self.held_out.ranked()[:1]
+            return best[0].round if best else max(self.published, default=last)
         if all(closed.round != wanted for closed in self.closed):
             snapshots = ", ".join(map(str, sorted(self.published)[-5:])) or "none yet"
             raise Failure(
@@ -93,17 +87,9 @@ class History:
     def evaluations_until(self, round: int) -> list[Measured]:
         """What was measured of the adapters up to that of `round`, in order."""
         last = self.evaluation_of(round)
-        return [
-            measured
-            for number, measured in sorted(self.evaluated.items())
-            if number <= round or measured is last
-        ]
+        return [one for one in self.held_out.measured if one.round <= round or one is last]
 
     def evaluation_of(self, round: int) -> Measured | None:
-        """The newest figures of the very theta that `round` ended with, if there are any."""
-        moved = {closed.round for closed in self.closed if closed.commit is not None}
-        for number in sorted(self.evaluated, reverse=True):
-            between = range(min(number - 1, round) + 1, max(number - 1, round) + 1)
-            if moved.isdisjoint(between):
-                return self.evaluated[number]
-        return None
+        """What was measured of the very adapter that `round` ended with, if anything was."""
+        digests = (closed.digest for closed in self.closed if closed.round == round)
+        return next(filter(None, map(self.held_out.of, digests)), None)

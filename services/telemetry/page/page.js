@@ -55,8 +55,14 @@ function drawFigures() {
   $("tile-accuracy").hidden = job.has_answers === false;
   write("figure-accuracy", last ? percent(last.accuracy ?? 0) : "–");
   write("figure-heldout", last ? figure(last.loss ?? 0) : "–");
-  say($("sub-accuracy"), last ? `${percent(first.accuracy ?? 0)} at round ${first.round}` : "not measured yet");
-  say($("sub-heldout"), last ? `${figure(first.loss ?? 0)} at round ${first.round}` : "not measured yet");
+  const best = job.best && byRound(known.published).length > 1 ? job.best : undefined;
+  const told = (name, written) => {
+    if (!last) return "not measured yet";
+    const better = best ? ` · ${written(best[name] ?? 0)} in version ${best.round}, the best` : "";
+    return `${written(first[name] ?? 0)} at round ${first.round}${better}`;
+  };
+  say($("sub-accuracy"), told("accuracy", percent));
+  say($("sub-heldout"), told("loss", figure));
   const method = [job.method, job.how].filter(Boolean).join(", ");
   const status = job.status === "ended" ? `ended (${job.reason})` : job.status;
   say($("about"), !known.jobs.size ? "no job yet: `seedwire job submit` starts one" : [status, method, epoch(job), distilled(job.distilled)].filter(Boolean).join(" · "));
