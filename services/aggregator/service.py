@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 
 from services.aggregator.config import Settings
 from services.aggregator.folding import Outcome
@@ -189,11 +189,14 @@ class Aggregator:
         if job is None or job.ended or not job.begun:
             raise RejectError(f"no job {request.job!r} is running; see `seedwire job list`")
         async with self._turn:
-            await self._bring(job)
-            await self._go_on(job)
+            with suppress(TransientError):
+                await self._starts.bring(job)
+            if job.start is None:  # without, it ends as it stands
+                await self._go_on(job)
             for event in job.decide_stop():
                 await self._commit(event)
             await settle(self._go_on(job), self.counters, what="job")
+            self._starts.forget(job)
         return JobAccepted(job=request.job)
 
     async def _open_epoch(self, request: OpenEpoch) -> Message:

@@ -32,13 +32,17 @@ class Starts:
         missing = self._missing.get(job.job)
         return missing is not None and self._clock.now() < missing[0]
 
+    def forget(self, job: JobState) -> None:
+        """The job needs its start no more."""
+        self._missing.pop(job.job, None)
+
     async def bring(self, job: JobState) -> None:
         """The job's adapter is at hand.
 
         Raises:
             TransientError: what its epoch starts with cannot be had now.
         """
-        if job.start is None:
+        if job.start is None or job.ended:
             return
         if self.put_off(job):
             raise self._missing[job.job][1]
