@@ -95,6 +95,11 @@ class HeldOut:
         measured = [(figures, one) for figures, one in found if figures is not None]
         return [one for _, one in sorted(measured, key=lambda pair: self._rank(pair[0]))]
 
+    def awaited(self) -> list[ModelPublished]:
+        """The published adapters that are being measured, in order: nobody has answered yet."""
+        found = ((self._of.get(digest), one) for digest, one in self._published.items())
+        return [one for measured, one in found if measured is not None and not measured.weight]
+
     @property
     def converged(self) -> bool:
         """Whether measurements have brought nothing better for as long as the job has patience."""

@@ -64,6 +64,8 @@ class Aggregator:
         self._opened_at: dict[str, float] = {}
         self._unpublished = ""
         """Why a snapshot that is due cannot be stored now."""
+        self._removed: dict[str, set[BlobRef]] = {}
+        """By job, those of its outdated snapshots that the store has been told to forget."""
         self._starts = Starts(streams, clock)
         self._log: LogWriter
         self._detail: LogWriter
@@ -333,6 +335,7 @@ class Aggregator:
         await self._starts.bring(job)
         while True:
             published = await self._publish(job)
+            await self._tidy(job)
             events = job.decide_next()
             for event in events:
                 if isinstance(event, DetailEvent):
@@ -353,13 +356,20 @@ class Aggregator:
             raise
         self._unpublished = ""
         await self._commit(job.decide_published(reference))
-        try:
-            for outdated in job.outdated_snapshots:
-                if not any(outdated in other.needed for other in self.jobs.values()):
-                    await blobs.delete(self._streams, outdated)
-        except TransientError as error:  # it is named again when the next one is published
-            log.warning("snapshot_not_removed", job=job.job, error=str(error))
         return True
+
+    async def _tidy(self, job: JobState) -> None:
+        """The store has no snapshot that nobody needs; where the broker fails it, next time."""
+        outdated = job.outdated_snapshots
+        removed = self._removed[job.job] = self._removed.get(job.job, set()).intersection(outdated)
+        try:
+            for snapshot in outdated:
+                wanted = any(snapshot in other.needed for other in self.jobs.values())
+                if not (wanted or snapshot in removed):
+                    await blobs.delete(self._streams, snapshot)
+                    removed.add(snapshot)
+        except TransientError as error:
+            log.warning("snapshot_not_removed", job=job.job, error=str(error))
 
     async def _commit(self, event: LogEvent) -> None:
         sequence = await self._log.append(event.job, event)

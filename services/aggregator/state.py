@@ -47,6 +47,8 @@ from shared.messages import (
 KEPT_SNAPSHOTS = 2
 """In the store: so many of the newest, and so many of those that did best on held-out rows, as one
 more device's figures may change which of them is the best."""
+KEPT_UNMEASURED = 8
+"""So many of the newest whose figures are yet to come stay as well: one may be the best."""
 EVALUATION_ROUNDS = 100
 """How late an evaluation may come: the first one of a job reads all held-out rows."""
 
@@ -203,9 +205,11 @@ class JobState:
 
     @property
     def needed(self) -> list[BlobRef]:
-        """What the store must keep for the job: where it began, its newest, and its best."""
-        best = [published.snapshot for published in self._held_out.ranked()[:KEPT_SNAPSHOTS]]
-        return [*self._begun_with, *self.snapshots[-KEPT_SNAPSHOTS:], *best]
+        """What the store must keep: where the job began, its newest, its best, and what may be."""
+        judged = self._held_out.ranked()[:KEPT_SNAPSHOTS]
+        judged += self._held_out.awaited()[-KEPT_UNMEASURED:]
+        newest = self.snapshots[-KEPT_SNAPSHOTS:]
+        return [*self._begun_with, *newest, *(published.snapshot for published in judged)]
 
     # ---- evolve
 
@@ -445,10 +449,10 @@ class JobState:
         evaluation_left = self.spec.evaluation.every_rounds and record.opened.kind == "tune"
         complete = self.commits >= self.spec.tuning.rounds and not evaluation_left
         self.finished = self.stopped or complete or (self._held_out.converged and not self.carried)
+        periodic = tuned and self.commits % self.spec.snapshot_every == 0
         # What is measured is published: it may turn out to be the best.
-        every = self.commits % self.spec.snapshot_every == 0
-        periodic = tuned and (every or self._evaluation_due)
-        self.snapshot_due = self.snapshot_due or self.finished or periodic
+        measured = event.commit is not None and self._evaluation_due
+        self.snapshot_due = self.snapshot_due or self.finished or periodic or measured
 
     def _evolve_evaluated(self, event: AdapterEvaluated) -> None:
         self.evaluations_logged.add((event.detail_sequence, event.round))

@@ -1,5 +1,6 @@
 """The job that waits: its last version as the log and the store have it, and its next epoch."""
 
+from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -85,14 +86,23 @@ async def waiting(link: Link, job: str) -> Waiting:
             f"the rounds of epoch {epoch.epoch + 1} of job {job} are not done; try again when "
             "`seedwire job list` says that it waits"
         )
-    best = next(iter(held_out.ranked()), published)
-    data = await blobs.load(link, best.snapshot)
-    adapter = Adapter.from_bytes(epoch.manifest, data)
+    adapter = await _adapter(link, epoch, [*held_out.ranked(), published])
     anchor = np.zeros(adapter.layout.d, np.float32)
     if epoch.anchor is not None:
         data = await blobs.load(link, epoch.anchor)
         anchor = Adapter.from_bytes(epoch.manifest, data).values()
     return Waiting(job, spec, adapter, anchor, closed)
+
+
+async def _adapter(link: Link, epoch: EpochOpened, preferred: Sequence[ModelPublished]) -> Adapter:
+    """The first of the `preferred` that the store has."""
+    *others, last = preferred
+    for one in others:
+        try:
+            return Adapter.from_bytes(epoch.manifest, await blobs.load(link, one.snapshot))
+        except blobs.NotStored:  # only some are kept
+            continue
+    return Adapter.from_bytes(epoch.manifest, await blobs.load(link, last.snapshot))
 
 
 async def open_epoch(

@@ -38,6 +38,8 @@ D = 12
 """Parameters of the adapter."""
 SECOND_EPOCH_EVERY = 4
 """So many jobs to one that has a second epoch."""
+IMPATIENT_EVERY = 3
+"""So many jobs to one that ends when a measurement brings nothing better."""
 
 
 def next_epoch(name: str, manifest: bytes, round: int, theta: NDArray[np.int64]) -> NextEpoch:
@@ -82,7 +84,10 @@ def a_job(given: Scenario, number: int, model: Path) -> SubmitJob:
         task=Task("choices", "{text} is", {"up": "alpha", "down": "beta"}),
         tuning=tuning,
         pacing=pacing,
-        evaluation=Evaluation(every_rounds=given.evaluate_every),
+        evaluation=Evaluation(
+            every_rounds=given.evaluate_every,
+            patience=1 if (given.seed + number) % IMPATIENT_EVERY == 0 else 0,
+        ),
         snapshot_every=given.snapshot_every,
         epochs=2 if (given.seed + number) % SECOND_EPOCH_EVERY == 0 else 1,
     )

@@ -30,6 +30,16 @@ PREFIX = "seedwire.v1"
 EVALUATION_ROUNDS = 100
 
 
+@dataclass(eq=False)
+class Figures:
+    """What all that measured an adapter found."""
+
+    examples: int = 0
+    correct: int = 0
+    weight: int = 0
+    loss: float = 0.0
+
+
 @dataclass
 class Job:
     """A job as the log tells it."""
@@ -51,6 +61,28 @@ class Job:
     """Digests that epochs began with, by the round before them."""
     kept: list[str] = field(default_factory=list[str])
     """Blobs that epochs began with."""
+    figures: dict[str, Figures] = field(default_factory=dict[str, Figures])
+    """What was measured, by digest; a round that moves nothing hands them on."""
+    versions: dict[str, str] = field(default_factory=dict[str, str])
+    """Of the present epoch, snapshots by digest, in order."""
+    at_hand: set[str] = field(default_factory=set[str])
+    """Digests of what has been published, or what the epoch began with."""
+
+    @property
+    def best(self) -> list[str]:
+        """Snapshots that were measured, the best first."""
+        judged = [
+            ((-found.correct / found.examples, found.loss / found.weight), snapshot)
+            for digest, snapshot in reversed(self.versions.items())
+            if (found := self.figures.get(digest)) is not None and found.weight
+        ]
+        return [snapshot for _, snapshot in sorted(judged, key=lambda one: one[0])]
+
+    @property
+    def unmeasured(self) -> list[str]:
+        """Snapshots that were to be measured, without an answer."""
+        asked = [digest for digest, found in self.figures.items() if not found.weight]
+        return [self.versions[digest] for digest in asked if digest in self.versions]
 
     @property
     def waits(self) -> bool:
@@ -141,6 +173,7 @@ class Witness:
             job.starts[job.theta.round] = job.theta.digest()
             job.kept.append(event["start"]["digest"])
         self._same(job, event, "EpochOpened")
+        job.figures, job.versions, job.at_hand = {}, {}, {event["digest"]}
 
     def _RoundOpened(self, job: Job, event: Fields, _: int) -> None:
         if job.open or event["round"] != job.last + 1:
@@ -148,6 +181,10 @@ class Witness:
         self._same(job, event, f"RoundOpened {event['round']}")
         job.open = job.last = event["round"]
         job.rounds[job.open] = Round(event)
+        if event["evaluate"]:
+            job.figures.setdefault(event["digest"], Figures())
+            if event["kind"] == "tune" and event["digest"] not in job.at_hand:
+                self.wrong(f"round {event['round']} measures what was not published")
         self.round_opened(event["job"], event)
 
     def _RoundClosed(self, job: Job, event: Fields, _: int) -> None:
@@ -174,6 +211,12 @@ class Witness:
             job.theta.close(number, commit)
             job.digests[number] = job.theta.digest()
         self._same(job, event, f"RoundClosed {number}")
+        if commit is None:
+            before = one.opened["digest"]
+            if before in job.figures:
+                job.figures[event["digest"]] = job.figures[before]
+            if before in job.at_hand:
+                job.at_hand.add(event["digest"])
         if event["probes"] != one.probes:
             self.wrong(f"round {number} says {event['probes']} probes, the rows {one.probes}")
         self.round_closed(event["job"], one.opened)
@@ -186,11 +229,19 @@ class Witness:
         job.evaluations[key] += 1
         if job.evaluations[key] > 1:
             self.wrong(f"AdapterEvaluated {key} is logged twice")
+        found = job.figures.get(event["digest"])
+        if found is not None:  # of the epoch before, else
+            found.examples += event["examples"]
+            found.correct += event["correct"]
+            found.weight += event["weight"]
+            found.loss += event["loss"]
 
     def _ModelPublished(self, job: Job, event: Fields, _: int) -> None:
         if event["digest"] != job.digests.get(event["round"]):
             self.wrong(f"ModelPublished after round {event['round']} has another digest")
         job.snapshots.append(event["snapshot"]["digest"])
+        job.versions[event["digest"]] = event["snapshot"]["digest"]
+        job.at_hand.add(event["digest"])
         job.published = event["round"]
 
     def _JobEnded(self, job: Job, event: Fields, _: int) -> None:

@@ -218,7 +218,9 @@ class World:
         witness.finished()
         stored = self._broker.streams[subjects.BLOBS_STREAM]
         kept = {one.subject.split(".")[-2] for one in stored.messages.values()}
-        allowed = {digest for job in witness.jobs.values() for digest in job.snapshots[-3:]}
+        jobs = witness.jobs.values()
+        allowed = {one for job in jobs for one in (*job.snapshots[-3:], *job.best[:2])}
+        allowed |= {one for job in jobs for one in job.unmeasured}
         for name, job in witness.jobs.items():
             if lost := set(job.kept) - kept:
                 witness.wrong(f"an epoch of job {name} began with {min(lost)}, which is gone")
@@ -229,6 +231,8 @@ class World:
         for name, job in witness.jobs.items():
             if job.snapshots and job.snapshots[-1] not in kept:
                 witness.wrong(f"the last snapshot of job {name} is not stored")
+            if job.best and job.best[0] not in kept:
+                witness.wrong(f"the best snapshot of job {name} is not stored")
         if self._broker.subscribers:
             left = sorted({one.pattern for one in self._broker.subscribers})
             witness.wrong(f"subscriptions outlived their processes: {left}")
