@@ -18,6 +18,7 @@ from shared.bus import Link
 from shared.codec import MAX_MESSAGE_BYTES, encode, encode_manifest
 from shared.engine.process import EngineProcess
 from shared.engine.protocol import Facts, Inspect
+from shared.errors import EngineDied
 from shared.messages import JobAccepted, JobsListed, ListJobs, Manifest, SubmitJob, Variant
 
 INSPECT_S = 120.0
@@ -98,6 +99,7 @@ async def inspect(submission: Submission) -> Facts:
 
     Raises:
         EngineError: it cannot be read or is not supported.
+        Failure: llama.cpp ended over it.
     """
     engine = EngineProcess(submission.engine)
     task, adapter = submission.wanted.spec.task, submission.wanted.adapter
@@ -109,6 +111,9 @@ async def inspect(submission: Submission) -> Facts:
     )
     try:
         facts = await engine.ask(question, timeout_s=INSPECT_S)
+    except EngineDied as error:
+        mend = "it may be damaged: fetch the file again, or choose another GGUF"
+        raise Failure(f"--model {submission.model}: {error}; {mend}") from error
     finally:
         await engine.close()
     if not isinstance(facts, Facts):

@@ -60,12 +60,19 @@ class BlockWeights:
         if heads < 1:
             raise EngineError(f"{path}: its header has no attention.head_count; use how: probe")
         self.pairs = int(header.number("attention.head_count_kv")) or heads
-        self.group = heads // self.pairs
         self.head_width = int(header.number("attention.key_length")) or width // heads
+        if self.pairs < 1 or heads % self.pairs or self.head_width < 1:
+            raise EngineError(
+                f"{path}: {heads} heads over {self.pairs} of width {self.head_width} have no "
+                "closed form here; use how: probe"
+            )
+        self.group = heads // self.pairs
         self.scale = self.head_width**-0.5
         self._output_name = (
             "output.weight" if self._weights.has("output.weight") else "token_embd.weight"
         )
+        inner = header.tensors[f"{prefix}ffn_up.weight"][-1:]
+        self.inner_width = inner[0] if inner else 0
         self._check(path, header, prefix, width, heads * self.head_width)
         self.roles = {f"{prefix}{name}.weight": name for name in MATRICES}
         """Which part of the block each of its tensors is."""
@@ -79,7 +86,6 @@ class BlockWeights:
         }
         sizes = [math.prod(header.tensors[name]) for name in self.roles]
         self._kept: dict[str, Floats] | None = {} if sum(sizes) <= _KEPT else None
-        self.inner_width = header.tensors[f"{prefix}ffn_up.weight"][1]
         self._output: tuple[NDArray[np.int64], Floats] | None = None
 
     def _check(self, path: str, header: Header, prefix: str, width: int, all_heads: int) -> None:
@@ -94,6 +100,9 @@ class BlockWeights:
             "attn_k": (width, key),
             "attn_v": (width, key),
             "attn_output": (all_heads, width),
+            "ffn_gate": (width, self.inner_width),
+            "ffn_up": (width, self.inner_width),
+            "ffn_down": (self.inner_width, width),
         }
         for role, shape in shapes.items():
             name = f"{prefix}{role}.weight"

@@ -6,13 +6,17 @@ from shared.errors import EngineError
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3", "phi3")
 OUTPUT = "output.weight"
+_TABLE = "token_embd.weight"
+_LARGEST = 2**32 - 1
+"""Of a number that says how large the model is."""
 
 
 def supported_header(path: str) -> Header:
     """The header of a model that llama.cpp and we can work with.
 
     Raises:
-        EngineError: it is missing, damaged, or of another architecture.
+        EngineError: it is missing, damaged, of another architecture, or says of its tensors what
+            is not so.
     """
     header = read_header(path)
     if header.architecture not in ARCHITECTURES:
@@ -20,7 +24,33 @@ def supported_header(path: str) -> Header:
             f"{path}: unknown architecture {header.architecture or '(none)'}: "
             f"supported are {', '.join(ARCHITECTURES)}"
         )
+    _check_sizes(path, header)
     return header
+
+
+def _check_sizes(path: str, header: Header) -> None:
+    """Find sizes that no tensor bears out: whoever went by them might never come to an end."""
+    sizes: list[int] = []
+    for name in ("block_count", "embedding_length", "context_length"):
+        entry = f"{header.architecture}.{name}"
+        size = header.metadata.get(entry)
+        if not isinstance(size, int) or not 0 < size <= _LARGEST:
+            raise EngineError(f"{path}: damaged: its {entry} is {size}; fetch the file again")
+        sizes.append(size)
+    layers, width, _ = sizes
+    table = header.tensors.get(_TABLE, ())
+    if len(table) != 2 or table[0] != width:
+        raise EngineError(
+            f"{path}: damaged: {_TABLE} has shape {list(table)} in a model of width {width}; "
+            "fetch the file again"
+        )
+    layer, beyond = f"blk.{layers - 1}.", f"blk.{layers}."
+    found = [any(name.startswith(one) for name in header.tensors) for one in (layer, beyond)]
+    if found != [True, False]:
+        raise EngineError(
+            f"{path}: damaged, or a part of a model: {layers} layers are not what its tensors are "
+            "of; fetch the whole file again"
+        )
 
 
 def check_fit(path: str, header: Header, blocks: Adaptation, max_tokens: int) -> None:
@@ -40,7 +70,7 @@ def check_fit(path: str, header: Header, blocks: Adaptation, max_tokens: int) ->
             f"{blocks.architecture}; use the job's model"
         )
     width, layers = int(header.number("embedding_length")), int(header.number("block_count"))
-    vocabulary = header.tensors.get("token_embd.weight", (0, 0))[1]
+    vocabulary = header.tensors.get(_TABLE, (0, 0))[1]
     for block in blocks.blocks:
         if block.kind == "control":
             if block.shape != [width] or not 1 <= block.layer < layers:
@@ -74,7 +104,7 @@ def _fit_lora(path: str, header: Header, tensor: str, shape: list[int]) -> None:
     if tensor not in header.tensors:
         mend = "use a GGUF with its own" if tensor == OUTPUT else "use the job's model, it has"
         raise EngineError(f"{path}: no tensor {tensor}; {mend} {tensor}")
-    if list(header.tensors[tensor]) != shape or tensor == "token_embd.weight":
+    if list(header.tensors[tensor]) != shape or tensor == _TABLE:
         raise EngineError(
             f"{path}: {tensor} has shape {list(header.tensors[tensor])}, the manifest's LoRA wants "
             f"a matrix of {shape} (d_in, d_out)"

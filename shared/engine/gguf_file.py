@@ -63,9 +63,9 @@ class Header:
         return str(self.metadata.get("general.architecture", ""))
 
     def number(self, name: str) -> float:
-        """The architecture's entry `name`, 0 where it has none."""
+        """The architecture's entry `name`, 0 where it has none that is finite."""
         value = self.metadata.get(f"{self.architecture}.{name}")
-        return value if isinstance(value, int | float) else 0
+        return value if isinstance(value, int | float) and math.isfinite(value) else 0
 
     def text(self, name: str) -> str:
         """The metadata's entry `name` if it is a text; empty otherwise."""

@@ -56,7 +56,9 @@ def load(path: str, *, vocabulary_only: bool = False) -> Any:
     wanted.vocab_only = vocabulary_only
     model = native.llama_model_load_from_file(path.encode(), wanted)
     if not model:
-        raise EngineError(f"{path}: llama.cpp cannot load it: {reason()}")
+        raise EngineError(
+            f"{path}: llama.cpp cannot load it: {reason()}; fetch the file again, or another"
+        )
     return model
 
 
@@ -84,6 +86,24 @@ def pointer(array: NDArray[Any], kind: Any) -> Any:
     """Where `array` lies, as a pointer to `kind`; the caller keeps the array."""
     return ctypes.cast(array.ctypes.data, ctypes.POINTER(kind))
 
+
+_holding: Any = ctypes.PyDLL(native._lib._name)
+
+
+def _held(name: str, result: Any, *arguments: Any) -> Any:
+    """One that returns at once and so keeps Python's lock: where it is let go, another thread may
+    take it and hold it far longer."""
+    function = getattr(_holding, name)
+    function.argtypes, function.restype = arguments, result
+    return function
+
+
+logits_at: Any = _held("llama_get_logits", ctypes.c_void_p, ctypes.c_void_p)
+"""Of a context: the address of its logits."""
+remove_tokens: Any = _held(
+    "llama_memory_seq_rm", ctypes.c_bool, ctypes.c_void_p, *3 * [ctypes.c_int32]
+)
+"""Of a context's memory, sequence, from, to: whether it could."""
 
 tensor_name: Any = _ggml.libggml.ggml_get_name
 tensor_name.argtypes, tensor_name.restype = [ctypes.c_void_p], ctypes.c_char_p

@@ -27,6 +27,8 @@ _GOODBYE_S = 5.0
 _LAST_WORDS = 3
 _ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 """numpy's threads spin against the model's; its matrices here are too small for them anyway."""
+_LAST_WORD = {"GGML_NO_BACKTRACE": "1"}
+"""llama.cpp's reason to end the process is the last that it says, and no debugger is started."""
 
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -185,7 +187,7 @@ class EngineProcess:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
-                env={**os.environ, **_ONE_THREAD, "PYTHONPATH": python_path},
+                env={**os.environ, **_ONE_THREAD, **_LAST_WORD, "PYTHONPATH": python_path},
                 start_new_session=True,  # Ctrl-C is the daemon's to handle
             )
             self._child = _Child(process)

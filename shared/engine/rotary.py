@@ -24,7 +24,7 @@ class Rotary:
         """Of heads of `width` entries.
 
         Raises:
-            EngineError: the model scales its positions in a way that is not known here.
+            EngineError: the model scales or turns its positions in a way that is not known here.
         """
         scaling = header.text(f"{header.architecture}.rope.scaling.type")
         if scaling not in ("", "none", "linear"):
@@ -33,9 +33,21 @@ class Rotary:
             )
         turned = int(header.number("rope.dimension_count")) or width
         base = header.number("rope.freq_base") or 10000.0
+        if not 0 < turned <= width or turned % 2 or base < 0:
+            raise EngineError(
+                f"{path}: {turned} entries of {width} turned, by powers of {base:g}: no closed "
+                "form here; use how: probe"
+            )
         frequencies = base ** (-np.arange(0, turned, 2, dtype=np.float64) / turned)
         if weights.has("rope_freqs.weight"):
-            frequencies /= weights.vector("rope_freqs.weight")
+            weights.check("rope_freqs.weight")
+            divisors = weights.vector("rope_freqs.weight")
+            if divisors.shape != frequencies.shape:
+                raise EngineError(
+                    f"{path}: rope_freqs.weight has {len(divisors)} entries, a closed form only "
+                    f"with {len(frequencies)}; use how: probe"
+                )
+            frequencies /= divisors
         if scaling != "none":  # llama.cpp takes what names no kind for linear
             factor = header.number("rope.scaling.factor") or header.number("rope.scale_linear")
             frequencies /= factor or 1.0

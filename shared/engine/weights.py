@@ -36,9 +36,10 @@ class Weights:
         Raises:
             EngineError: the tensor is missing, or of a type that is not read here.
         """
-        width = self._shape(name)[0]
+        shape = self._shape(name)
+        width = shape[0] if shape else 0
         entries, _ = BLOCKS.get(self._header.places[name][0], (0, 0))
-        if not entries or width % entries:
+        if not entries or not width or width % entries:
             kind = self._header.types[name]
             raise EngineError(f"{self._path}: {name} is of {kind}, not read here; use how: probe")
 
