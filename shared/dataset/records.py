@@ -21,8 +21,13 @@ _KNOWN_COLUMNS = frozenset[str]().union(*COLUMNS)
 _BOM = b"\xef\xbb\xbf"
 _DELIMITERS = ",;\t"
 _LARGEST_FIELD = 1 << 20
-_LONGEST_LINE = 1 << 24
-"""Bytes; the rest of a longer line is passed over."""
+_LONGEST_LINE = 1 << 22
+"""Bytes of a line, and of a CSV record of several; the rest of a longer one is passed over."""
+_ENDLESS_LINE = 1 << 30
+"""A line of more bytes has no end worth looking for: the rest of the file is passed over."""
+_PASSED_AT_ONCE = 1 << 16
+_MOST_LINES = 1 << 17
+"""Of one CSV record; in a file with a quote too many the next 1 MiB of rows is rarely as many."""
 
 csv.field_size_limit(_LARGEST_FIELD)
 
@@ -103,13 +108,17 @@ class _Line:
 def _lines(file: IO[bytes]) -> Iterator[_Line]:
     """The lines of a file; of one without an end no more is held than of the longest."""
     while raw := file.readline(_LONGEST_LINE):
-        size, last = len(raw), raw
-        while len(last) == _LONGEST_LINE and not last.endswith(b"\n"):
-            last = file.readline(_LONGEST_LINE)
-            size += len(last)
-        if size > len(raw):
-            raw = raw[:-1] + (b"\n" if last.endswith(b"\n") else b"?")
+        size = len(raw)
+        if size == _LONGEST_LINE and not raw.endswith(b"\n"):
+            rest = b"?"
+            while rest and not rest.endswith(b"\n") and size <= _ENDLESS_LINE:
+                rest = file.readline(_PASSED_AT_ONCE)
+                size += len(rest)
+            if size > len(raw):
+                raw = raw[:-1] + (b"\n" if rest.endswith(b"\n") else b"?")
         yield _Line(raw, size)
+        if size > _ENDLESS_LINE:
+            return
 
 
 def _json(lines: Iterator[_Line], place: Place) -> Iterator[Record]:
@@ -120,9 +129,18 @@ def _json(lines: Iterator[_Line], place: Place) -> Iterator[Record]:
             place.offset += one.size
             place.line += 1
         if one.size > len(one.raw):
-            yield Record(line, None, f"longer than {_LONGEST_LINE} bytes", one.whole)
+            yield Record(line, None, _too_long(one.size), one.whole)
         elif content.strip():
             yield Record(line, content, whole=one.whole)
+
+
+def _too_long(size: int) -> str:
+    endless = "; the rest of the file is not read" if size > _ENDLESS_LINE else ""
+    return f"longer than {_LONGEST_LINE} bytes{endless}"
+
+
+class _TooLong(Exception):
+    """Why a CSV record is not waited for."""
 
 
 class _Feed:
@@ -132,13 +150,24 @@ class _Feed:
         self._lines = lines
         self._again: deque[_Line] = deque()
         self.taken: list[_Line] = []
+        self.size = 0
         self.ended = False
 
     def __iter__(self) -> Generator[str, None, None]:
         while one := self._again.popleft() if self._again else next(self._lines, None):
             self.taken.append(one)
+            self.size += one.size
+            if self.size > _LONGEST_LINE:
+                raise _TooLong(_too_long(self.size))
+            if len(self.taken) > _MOST_LINES:
+                raise _TooLong(f"longer than {_MOST_LINES} lines; is there a quote too many?")
             yield one.raw.decode("utf-8", "surrogateescape")
         self.ended = True
+
+    def begin(self) -> None:
+        """The record in hand is done with."""
+        self.taken.clear()
+        self.size = 0
 
     def give_again(self) -> None:
         """All lines of the record in hand but its first come again."""
@@ -150,6 +179,9 @@ class _Feed:
 def _csv(path: str, lines: Iterator[_Line], place: Place, closed: bool) -> Iterator[Record]:
     if not place.header:
         first = next(lines, None)
+        if first is not None and first.size > len(first.raw):
+            yield Record(1, None, f"its header is {_too_long(first.size)}", whole=False)
+            return
         if first is None or not first.whole:
             return
         place.delimiter, place.header = _header(path, first.raw)
@@ -164,11 +196,14 @@ def _csv(path: str, lines: Iterator[_Line], place: Place, closed: bool) -> Itera
     feed = _Feed(lines)
     reader = csv.reader(feed, delimiter=place.delimiter, strict=True)
     while True:
-        feed.taken.clear()
+        feed.begin()
         try:
             cells, refusal = next(reader), ""
         except StopIteration:
             return
+        except _TooLong as error:  # given again, each of its lines could begin another
+            reader = csv.reader(feed, delimiter=place.delimiter, strict=True)
+            cells, refusal = [], str(error)
         except csv.Error as error:
             if feed.ended and not closed:
                 return
