@@ -61,6 +61,14 @@ def distil(
             rich_help_panel=MODELS,
         ),
     ] = None,
+    max_cache_bytes: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Bytes of answers kept, past which those unused for longest go (4 GiB).",
+            rich_help_panel=MODELS,
+        ),
+    ] = None,
     alpha: Annotated[
         float | None,
         typer.Option(
@@ -131,6 +139,7 @@ def distil(
         "heldout": heldout,
         "rows": rows,
         "cache": cache,
+        "max-cache-bytes": max_cache_bytes,
         "alpha": alpha,
         "answers": answers,
         "top-k": top_k,

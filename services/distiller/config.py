@@ -49,8 +49,19 @@ class Settings(ServiceSettings, frozen=True):
     rate: Annotated[float, Meta(gt=0.0, le=1.0, description="Adam's rate at first.")] = 3e-3
     seed: Annotated[int, Meta(ge=0, le=2**31, description="Of the rows' order.")] = 1
     cache: Annotated[
-        str, Meta(description="Where the models' answers are kept; empty: nowhere.")
+        str,
+        Meta(
+            description="Where the models' answers are kept, up to max_cache_bytes; empty: nowhere."
+        ),
     ] = "~/.cache/seedwire/distiller"
+    max_cache_bytes: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="Bytes of disk for the answers kept; those that were not used for longest "
+            "make room for new ones, and are asked for again if they are wanted.",
+        ),
+    ] = 4 * 1024**3
     device: Annotated[
         str, Meta(description="What torch computes the small model on: cpu, cuda ...")
     ] = "cpu"

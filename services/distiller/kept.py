@@ -1,11 +1,14 @@
 """What models said of public rows, kept on disk: each is asked once.
 
-A file is named after all that its content follows from, so there is nothing to invalidate.
+A file is named after all that its content follows from, so there is nothing to invalidate; when
+there is too much of them, those go that were not used for longest.
 """
 
+import contextlib
 import hashlib
 import os
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +19,17 @@ from services.distiller.buckets import Buckets
 
 _VERSION = 1
 """Of what is in a file."""
+_NEW = ".new"
+_ABANDONED_S = 24 * 3600.0
+"""A file that has been in the making for longer is one that nobody makes any more."""
 
 
 class Kept:
-    """The files of one folder; without a folder nothing is kept."""
+    """The files of one folder, at most `max_bytes` of them; without a folder nothing is kept."""
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, max_bytes: int) -> None:
         self._folder = folder
+        self._max_bytes = max_bytes
 
     def get(self, parts: tuple[object, ...], ask: Callable[[], Buckets]) -> Buckets:
         """What `ask` says, which follows from `parts` (digests and settings) alone.
@@ -38,11 +45,32 @@ class Kept:
         if found is None:
             found = ask()
             self._write(path, found)
+            self._make_room(path.parent)
+        else:
+            with contextlib.suppress(OSError):
+                os.utime(path)
         return found
+
+    def _make_room(self, folder: Path) -> None:
+        """No more than `max_bytes` are kept; others may be at work in the folder as well."""
+        found: list[tuple[float, int, Path]] = []
+        for path in folder.iterdir():
+            with contextlib.suppress(OSError):
+                status = path.stat()
+                if path.suffix == ".npz":
+                    found.append((status.st_mtime, status.st_size, path))
+                elif path.suffix == _NEW and status.st_mtime < time.time() - _ABANDONED_S:
+                    path.unlink()
+        left = sum(size for _, size, _ in found)
+        for _, size, path in sorted(found):
+            if left <= self._max_bytes:
+                break
+            path.unlink(missing_ok=True)
+            left -= size
 
     def _write(self, path: Path, buckets: Buckets) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".new", delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=_NEW, delete=False) as file:
             try:
                 np.savez(
                     file,

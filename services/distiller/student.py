@@ -61,7 +61,7 @@ class Student:
                 block; names it.
         """
         self._blocks = blocks
-        self._kept, self._origin = Kept(None), tuple[object, ...]()
+        self._kept, self._origin = Kept(None, 0), tuple[object, ...]()
         strange = {block.kind for block in blocks.blocks} & {"control", "prompt"}
         if strange:
             raise EngineError(

@@ -55,7 +55,8 @@ def work(job: Waiting, settings: Settings, say: Say) -> Made:
         OSError: the cache cannot be written.
     """
     torch.set_num_threads(settings.threads or os.cpu_count() or 1)
-    kept = Kept(Path(settings.cache).expanduser() if settings.cache else None)
+    folder = Path(settings.cache).expanduser() if settings.cache else None
+    kept = Kept(folder, settings.max_cache_bytes)
     student = _student(job, settings, kept)
     large = Large(
         Path(settings.large),

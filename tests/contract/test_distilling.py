@@ -4,6 +4,8 @@ Random models of a few layers, in transformers and as the same GGUF file.
 """
 
 import json
+import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -385,7 +387,7 @@ def test_a_model_is_asked_once_and_again_only_if_its_answers_are_damaged(
             logits, np.array([1, -1]), ids=likeliest(logits, 2), choices=False, temperature=1.0
         )
 
-    kept = Kept(tmp_path)
+    kept = Kept(tmp_path, 1 << 20)
     first = kept.get(("large", "a", 1), ask)
     second = kept.get(("large", "a", 1), ask)
     assert asked == [1]
@@ -397,3 +399,35 @@ def test_a_model_is_asked_once_and_again_only_if_its_answers_are_damaged(
         path.write_bytes(path.read_bytes()[:40])
     assert np.array_equal(kept.get(("large", "a", 1), ask).rest, first.rest)
     assert asked == [1, 1, 1]
+
+
+def test_answers_that_were_not_used_for_longest_make_room_for_new_ones(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def about(name: str, max_bytes: int) -> None:
+        def ask() -> Buckets:
+            asked.append(name)
+            ids = np.zeros((1000, 2), np.int32)
+            logits = np.zeros((1000, 2), np.float32)
+            return Buckets(ids, logits, logits[:, 0], logits[:, 0])
+
+        Kept(tmp_path, max_bytes).get((name,), ask)
+        for file in tmp_path.glob("*.npz"):  # as if it had been a minute ago
+            stat = file.stat()
+            os.utime(file, (stat.st_atime, stat.st_mtime - 60))
+
+    for name in ("a", "b", "c"):
+        about(name, 10**9)
+    size = next(tmp_path.glob("*.npz")).stat().st_size
+    unfinished = [tmp_path / "old.new", tmp_path / "young.new"]
+    for age_s, file in zip((48 * 3600, 60), unfinished, strict=True):
+        file.write_bytes(b"half")
+        os.utime(file, times=(time.time() - age_s, time.time() - age_s))
+    about("a", 10**9)
+    about("d", 3 * size)
+    assert asked == ["a", "b", "c", "d"]
+    assert [file.exists() for file in unfinished] == [False, True]
+    about("a", 3 * size)
+    about("b", 3 * size)
+    assert asked == ["a", "b", "c", "d", "b"]
+    assert sum(file.stat().st_size for file in tmp_path.glob("*.npz")) <= 3 * size
