@@ -213,8 +213,13 @@ class State:
             tokens_per_s=device.tokens_per_s,
             rounds=self._rounds[device.name],
             reward=running.bandit.arm(device.name).mean if running else 0.0,
-            problem=_problem(report)[:400] if report else "has not reported yet",
+            problem=self._problem(report)[:400] if report else "has not reported yet",
         )
+
+    def _problem(self, report: DeviceReport) -> str:
+        """What the operator should know of; each running job's trouble under its name."""
+        of_jobs = [f"job {job}: {why}" for job, why in report.unable.items() if job in self.jobs]
+        return "; ".join([report.problem, *of_jobs] if report.problem else of_jobs)
 
     def _after_s(self, name: str) -> float:
         """When a device without work comes again; spread, so that no herd does."""
@@ -233,12 +238,6 @@ class State:
 def _refused(report: DeviceReport) -> int:
     """How many rows it cannot use, by its own word: any number at all."""
     return min(max(report.counters.get("rows_refused", 0), 0), 2**53)
-
-
-def _problem(report: DeviceReport) -> str:
-    """What the operator should know of; each job's trouble under its name."""
-    of_jobs = [f"job {job}: {why}" for job, why in report.unable.items()]
-    return "; ".join([report.problem, *of_jobs] if report.problem else of_jobs)
 
 
 def _kind(work: ProbeWork | EvaluateWork | WalkWork) -> str:

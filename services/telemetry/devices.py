@@ -55,6 +55,8 @@ class DeviceRow(msgspec.Struct):
     lost: str = ""
     """Which work it took and never brought back, if nothing was heard of it since."""
     standing: Standing = "away"
+    unable: dict[str, str] = {}
+    """By job that has not ended, why it cannot help with it."""
 
     def hears(self, now: float) -> None:
         """The device is there."""
@@ -103,7 +105,7 @@ class DeviceRow(msgspec.Struct):
             return "working"
         if self.heard is None or self.lost:
             return "away"
-        return "problem" if report is not None and report.unable else "waiting"
+        return "problem" if self.unable else "waiting"
 
     def why(self) -> str:
         """Why it stands so, where that needs a word; one line, and not to be trusted."""

@@ -17,6 +17,7 @@ from shared.messages import (
     ConnectionRefused,
     DecisionMade,
     DeviceReport,
+    JobEnded,
     LogEvent,
     ModelPublished,
     RoundClosed,
@@ -107,6 +108,8 @@ class State:
                 mark("evaluation", event.job, event.round)
             case ModelPublished():
                 mark("published", event.job, event.round)
+            case JobEnded():
+                self._ended(event.job)
             case _:
                 pass
 
@@ -143,6 +146,7 @@ class State:
             for name, increase in increases.items():
                 self.others[name] = self.others.get(name, 0) + increase
         device.report = report
+        device.unable = {job: why for job, why in report.unable.items() if not self._is_over(job)}
         device.hears(now)
         self._changed(device)
 
@@ -198,6 +202,17 @@ class State:
         """The job that was opened last of those that run, or of all; empty: there is none."""
         running = [name for name, job in self.jobs.items() if job.status == "running"]
         return (running or list(self.jobs) or [""])[-1]
+
+    def _ended(self, job: str) -> None:
+        """Whatever kept devices from helping with the job is no problem any more."""
+        for device in self.devices.values():
+            if job in device.unable:
+                device.unable = {name: why for name, why in device.unable.items() if name != job}
+                self._changed(device)
+
+    def _is_over(self, job: str) -> bool:
+        known = self.jobs.get(job)
+        return known is not None and known.status == "ended"
 
     def _job(self, name: str) -> JobHistory:
         job = self.jobs.get(name)

@@ -257,6 +257,7 @@ def _device(row: DeviceRow) -> ShownDevice:
         row.device,
         standing=row.standing,
         why=row.why(),
+        unable=row.unable,
         job=row.job,
         working=f"{hand.kind}, round {hand.round}" if hand else "",
         heard=row.heard,
@@ -267,7 +268,6 @@ def _device(row: DeviceRow) -> ShownDevice:
         refused=row.settled.get("rejected", 0) + row.settled.get("too_late", 0),
     )
     if report is not None:
-        shown.unable = report.unable
         shown.rows, shown.heldout_rows = report.rows, report.heldout_rows
         shown.trusted, shown.version = report.trusted, report.version
         shown.cores, shown.memory_mb = report.cores, report.memory_mb

@@ -179,6 +179,14 @@ def test_who_cannot_help_with_one_job_helps_with_the_next() -> None:
     assert fleet.state.listed(0.0).devices[0].problem == "job mistaken: no usable row"
 
 
+def test_what_a_device_could_not_do_for_a_job_is_no_problem_once_the_job_has_ended() -> None:
+    both = {"over": "no usable row", "demo": "no memory"}
+    fleet = Fleet(a_job("over"), a_job(), replace(a_report("d0"), unable=both))
+    assert "job over: " in fleet.state.listed(0.0).devices[0].problem
+    fleet.evolve(JobEnded(job="over", epoch=0, round=1, reason="stopped", digest="d" * 64))
+    assert fleet.state.listed(0.0).devices[0].problem == "job demo: no memory"
+
+
 @pytest.mark.parametrize(("told", "listed"), [(157, 157), (-1, 0), (2**63, 2**53)])
 def test_refused_rows_are_listed_whatever_a_device_says(told: int, listed: int) -> None:
     fleet = Fleet(replace(a_report("d0"), counters={"rows_refused": told}))

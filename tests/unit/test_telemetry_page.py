@@ -122,6 +122,20 @@ def test_what_a_device_says_of_itself_decides_where_it_stands() -> None:
     assert known.standings == {"working": 0, "waiting": 0, "away": 2, "problem": 2}
 
 
+def test_what_a_device_could_not_do_for_a_job_is_no_problem_once_the_job_has_ended() -> None:
+    known = a_state()
+    unable = msgspec.structs.replace(report("d0"), unable={"demo": "no usable row"})
+    known.on_device_report(unable, 0.0)
+    assert known.standings["problem"] == 1
+    known.on_event(JobEnded(job="demo", epoch=0, round=1, reason="stopped", digest="d" * 64))
+    assert known.standings["problem"] == 0
+    known.on_device_report(unable, 1.0)
+    assert known.devices["d0"].standing == "waiting"
+    (shown,) = view.everything(known, "demo", 1.0, "").devices
+    assert isinstance(shown, view.ShownDevice)
+    assert not shown.unable
+
+
 def test_standings_add_up_when_devices_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state, "MAX_DEVICES", 3)
     known = a_state()
