@@ -19,7 +19,8 @@ from services.aggregator.rounds import RoundRecord
 from services.aggregator.terms import merged
 from services.aggregator.walking import WalkBatch
 from shared.adapter import term
-from shared.errors import InvalidUpdate, StaleMessage
+from shared.codec import MAX_PAYLOAD_BYTES, encode
+from shared.errors import InvalidUpdate, SeedwireError, StaleMessage
 from shared.messages import (
     EvaluateResult,
     EvaluationSums,
@@ -34,6 +35,14 @@ from shared.messages import (
 from shared.ranges import width
 
 Slopes = ProbeResult | WalkResult
+
+
+MOST_EVENT_BYTES = MAX_PAYLOAD_BYTES - 16 * 1024
+"""The broker counts a message's headers as well."""
+
+
+class TooMuchAtOnce(SeedwireError):
+    """A batch is more than one event can hold; each of its updates alone is less."""
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -110,11 +119,15 @@ class Folding:
         return Outcome(row.outcome)
 
     def event(self) -> UpdatesFolded | None:
-        """What to log, or None if nothing was taken."""
+        """What to log, or None if nothing was taken.
+
+        Raises:
+            TooMuchAtOnce: the broker would not take it; fewer are to be folded at a time.
+        """
         if not self._rows or self._opened is None:
             return None
         opened = self._opened
-        return UpdatesFolded(
+        event = UpdatesFolded(
             job=self._job,
             epoch=opened.epoch,
             round=opened.round,
@@ -134,6 +147,13 @@ class Folding:
             loss=self._loss,
             loss_weight=self._loss_weight,
         )
+        size_bytes = len(encode(event))
+        if len(self._rows) > 1 and size_bytes > MOST_EVENT_BYTES:
+            raise TooMuchAtOnce(
+                f"job {self._job}: {len(self._rows)} updates make an event of {size_bytes} bytes, "
+                f"one may have {MOST_EVENT_BYTES}"
+            )
+        return event
 
     def _record(self, update: SubmitUpdate) -> RoundRecord:
         key, opened = update.key, self._opened

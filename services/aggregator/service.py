@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import aclosing, suppress
 
 from services.aggregator.config import Settings
-from services.aggregator.folding import Outcome
+from services.aggregator.folding import Outcome, TooMuchAtOnce
 from services.aggregator.opening import most_snapshot_bytes, open_job
 from services.aggregator.starts import Starts
 from services.aggregator.state import EVALUATION_ROUNDS, JobState
@@ -299,11 +299,18 @@ class Aggregator:
             # An earlier turn was cut short. Without a start the job cannot go on, but it can count.
             if job.open is None and not job.ended and job.start is None:
                 await self._go_on(job)
-            event, outcomes = job.decide_updates(updates)
-            if event is not None:
-                await self._detail_commit(job, event)
-            await self._settle(updates, outcomes)
-            await settle(self._go_on(job), self.counters, what="round")
+            try:
+                event, outcomes = job.decide_updates(updates)
+            except TooMuchAtOnce:
+                middle = len(updates) // 2
+            else:
+                if event is not None:
+                    await self._detail_commit(job, event)
+                await self._settle(updates, outcomes)
+                await settle(self._go_on(job), self.counters, what="round")
+                return
+        for half in (updates[:middle], updates[middle:]):
+            await self._fold_job(name, half)
 
     async def _ticks(self) -> None:
         """Close what is overdue, and take up what a crash or the broker cut short."""

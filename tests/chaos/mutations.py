@@ -14,9 +14,11 @@ from edge_client.spool import Spool
 from services.aggregator.folding import Folding
 from services.aggregator.pooling import Batch
 from services.aggregator.service import Aggregator
+from services.aggregator.starts import Starts
 from services.aggregator.state import JobState
+from shared.adapter import Adapter
 from shared.log_writer import LogWriter
-from shared.messages import ProbeResult
+from shared.messages import BlobRef, ProbeResult
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 
@@ -117,3 +119,54 @@ def claims_nothing(patch: pytest.MonkeyPatch) -> None:
         """As if the expected sequence alone fenced two streams off together."""
 
     patch.setattr(LogWriter, "claim", unclaimed)
+
+
+def begins_an_epoch_at_zero(patch: pytest.MonkeyPatch) -> None:
+    def empty_handed(self: JobState, data: bytes) -> None:
+        """The start is taken for granted, and never looked into."""
+        if self.start is not None:
+            self._theta, self.start = Adapter(self._manifest), None
+
+    patch.setattr(JobState, "begin", empty_handed)
+
+
+def brings_no_start_after_a_restart(patch: pytest.MonkeyPatch) -> None:
+    async def idle(self: Starts, job: JobState) -> None:
+        """What the log has is all there is."""
+
+    patch.setattr(Starts, "bring", idle)
+
+
+def removes_what_an_epoch_began_with(patch: pytest.MonkeyPatch) -> None:
+    outdated, needed = JobState.outdated_snapshots.fget, JobState.needed.fget
+    assert outdated is not None
+    assert needed is not None
+
+    def all_that_is_old(self: JobState) -> list[BlobRef]:
+        return [*outdated(self), *(self._begun_with if self.finished else ())]
+
+    def all_but_that(self: JobState) -> list[BlobRef]:
+        return [one for one in needed(self) if one not in self._begun_with]
+
+    patch.setattr(JobState, "outdated_snapshots", property(all_that_is_old))
+    patch.setattr(JobState, "needed", property(all_but_that))
+
+
+def counts_what_an_epoch_left_behind(patch: pytest.MonkeyPatch) -> None:
+    evolve = JobState._evolve_epoch
+    record = Folding._record
+
+    def nostalgic(self: JobState, event: Any, sequence: int) -> None:
+        rounds = self.rounds
+        evolve(self, event, sequence)
+        self.rounds = rounds
+
+    def generous(self: Folding, update: Any) -> Any:
+        self._epoch, own = min(self._epoch, update.key.epoch), self._epoch
+        try:
+            return record(self, update)
+        finally:
+            self._epoch = own
+
+    patch.setattr(JobState, "_evolve_epoch", nostalgic)
+    patch.setattr(Folding, "_record", generous)

@@ -13,13 +13,17 @@ from tests.chaos.faults import Fault, Scenario, scenario
 from tests.chaos.many import figures
 from tests.chaos.mutations import (
     Patch,
+    begins_an_epoch_at_zero,
+    brings_no_start_after_a_restart,
     claims_nothing,
+    counts_what_an_epoch_left_behind,
     folds_twice,
     forgets_its_latecomers_weight,
     forgets_keys,
     loses_a_spool_file,
     never_sends_again,
     removes_before_its_line_is_on_disk,
+    removes_what_an_epoch_began_with,
     sends_before_it_is_on_disk,
     settles_before_it_is_logged,
     skips_a_late_term,
@@ -80,6 +84,10 @@ def test_a_seed_repeats_its_schedule_exactly_in_any_process() -> None:
         (settles_before_it_is_logged, 3, "the log does not have it"),
         (waits_for_ever, 40, "s over"),
         (never_sends_again, 60, "not settled"),
+        (begins_an_epoch_at_zero, 10, "digest"),
+        (brings_no_start_after_a_restart, 40, "s over"),
+        (removes_what_an_epoch_began_with, 10, "which is gone"),
+        (counts_what_an_epoch_left_behind, 150, "no device ever had it"),
     ],
 )
 def test_a_broken_promise_is_found_within_a_few_schedules(

@@ -13,7 +13,7 @@ from services.aggregator.service import Aggregator
 from shared import subjects
 from shared.bus import Link
 from shared.clock import SystemClock
-from shared.codec import decode, encode
+from shared.codec import MAX_PAYLOAD_BYTES, decode, encode
 from shared.errors import Fenced
 from shared.log import ensure_streams
 from shared.log_writer import LogWriter
@@ -66,9 +66,11 @@ class Served:
 
 
 @asynccontextmanager
-async def serving(broker: MemoryBroker) -> AsyncGenerator[Served, None]:
+async def serving(
+    broker: MemoryBroker, settings: Settings | None = None
+) -> AsyncGenerator[Served, None]:
     bus, client = broker.connect("aggregator"), broker.connect("client")
-    served = Served(Aggregator(bus, bus, Settings(), SystemClock()), client)
+    served = Served(Aggregator(bus, bus, settings or Settings(), SystemClock()), client)
     stop, ready = Stop(), asyncio.Event()
 
     async def hear() -> None:
@@ -121,6 +123,35 @@ async def test_every_update_is_settled_whatever_it_is() -> None:
         unknown = replace(forged, key=replace(forged.key, job="nobody"))
         assert "unknown" in (await served.send(unknown)).reason
         assert served.aggregator.counters.get("messages_malformed") == 3
+
+
+async def test_no_batch_becomes_an_event_that_the_broker_would_refuse() -> None:
+    """A thousand rows beside the sums of the largest pool: more than 1 MB."""
+    broker, directions, count = MemoryBroker(), 22_500, 1024
+    link = broker.connect("first")
+    first = await an_aggregator(link)
+    job = a_job(directions=directions, enough_devices=count + 2)
+    pacing = replace(job.spec.pacing, lateness_rounds=0)
+    await first.answer(replace(job, spec=replace(job.spec, pacing=pacing)))
+    opened = open_round(first)
+    for number in range(count):
+        name = f"{number:04}".rjust(64, "d")
+        update = a_probe(
+            opened, name, first=min(number * 22, directions - 22), count=22, weight=number + 1
+        )
+        one = stored(update)
+        await link.append(one.subject, one.data, stream=subjects.UPDATES_STREAM)
+    async with serving(broker, Settings(batch=count)) as served:
+        await wait_until(lambda: len(served.settled) >= count, timeout_s=60)
+        assert {one.outcome for one in served.settled} == {"folded"}
+        assert served.aggregator.jobs["demo"].progress.probes == 22 * count
+        events = [
+            one.data
+            for sequence in range(1, await link.last_sequence(subjects.DETAIL_STREAM) + 1)
+            if (one := await link.get(subjects.DETAIL_STREAM, sequence)) is not None
+        ]
+    assert max(map(len, events)) < MAX_PAYLOAD_BYTES
+    assert len(events) < 10
 
 
 async def test_one_update_that_cannot_be_handled_holds_up_no_other(
