@@ -7,9 +7,9 @@ from contextlib import aclosing, suppress
 from services.aggregator.config import Settings
 from services.aggregator.folding import Outcome, TooMuchAtOnce
 from services.aggregator.opening import most_snapshot_bytes, open_job
-from services.aggregator.starts import Starts
 from services.aggregator.state import EVALUATION_ROUNDS, JobState
-from shared import blobs, subjects
+from services.aggregator.store import Store
+from shared import subjects
 from shared.bus import Bus, Delivery, Stored, Streams
 from shared.clock import Clock
 from shared.codec import check_sender, decode, encode
@@ -18,7 +18,6 @@ from shared.log import ensure_streams, read_patiently
 from shared.log_writer import LogWriter
 from shared.logs import get
 from shared.messages import (
-    BlobRef,
     DetailEvent,
     JobAccepted,
     JobOpened,
@@ -62,11 +61,7 @@ class Aggregator:
         self._clock = clock
         self._turn = asyncio.Lock()
         self._opened_at: dict[str, float] = {}
-        self._unpublished = ""
-        """Why a snapshot that is due cannot be stored now."""
-        self._removed: dict[str, set[BlobRef]] = {}
-        """By job, those of its outdated snapshots that the store has been told to forget."""
-        self._starts = Starts(streams, clock)
+        self._store = Store(streams, clock, self.counters)
         self._log: LogWriter
         self._detail: LogWriter
 
@@ -116,7 +111,7 @@ class Aggregator:
         for name, job in self.jobs.items():
             if job.ended:
                 continue
-            await settle(self._starts.bring(job), self.counters, what="start")
+            await settle(self._store.bring(job), self.counters, what="start")
             # Older rounds than these can have no latecomers any more.
             closes = counted.get(name, [])[: -EVALUATION_ROUNDS - 2]
             after = closes[-1] if closes else 0
@@ -136,8 +131,7 @@ class Aggregator:
 
     def _problem(self) -> str:
         """What keeps the aggregator from doing all of its work; empty if nothing does."""
-        problems = (self._log.problem, self._detail.problem, self._unpublished)
-        return next(filter(None, problems), self._starts.problem)
+        return self._log.problem or self._detail.problem or self._store.problem
 
     # ---- what comes in
 
@@ -192,13 +186,12 @@ class Aggregator:
             raise RejectError(f"no job {request.job!r} is running; see `seedwire job list`")
         async with self._turn:
             with suppress(TransientError):
-                await self._starts.bring(job)
+                await self._store.bring(job)
             if job.start is None:  # without, it ends as it stands
                 await self._go_on(job)
             for event in job.decide_stop():
                 await self._commit(event)
             await settle(self._go_on(job), self.counters, what="job")
-            self._starts.forget(job)
         return JobAccepted(job=request.job)
 
     async def _open_epoch(self, request: OpenEpoch) -> Message:
@@ -206,8 +199,8 @@ class Aggregator:
         if job is None or job.ended or not job.begun:
             raise RejectError(f"no job {request.job!r} is running; see `seedwire job list`")
         most = most_snapshot_bytes(request.manifest)
-        start = await self._named("start", request.start, most)
-        anchor = request.anchor and await self._named("anchor", request.anchor, most)
+        start = await self._store.named("start", request.start, most)
+        anchor = request.anchor and await self._store.named("anchor", request.anchor, most)
         async with self._turn:
             await self._bring(job)
             await self._go_on(job)
@@ -219,21 +212,11 @@ class Aggregator:
         return JobAccepted(job=request.job)
 
     async def _bring(self, job: JobState) -> None:
-        """As `Starts.bring`, for somebody who waits for an answer."""
+        """As `Store.bring`, for somebody who waits for an answer."""
         try:
-            await self._starts.bring(job)
+            await self._store.bring(job)
         except TransientError as error:
             raise RejectError(f"{error}; then ask again") from error
-
-    async def _named(self, name: str, ref: BlobRef, most: int) -> bytes:
-        if ref.size_bytes > most:
-            raise RejectError(
-                f"{name} has {ref.size_bytes} bytes; an adapter of the manifest has {most} at most"
-            )
-        try:
-            return await blobs.load(self._streams, ref)
-        except TransientError as error:
-            raise RejectError(f"{name}: {error}; then ask again") from error
 
     async def _updates(self, stop: Stop) -> None:
         """Fold batches until `stop`; a batch in hand is finished."""
@@ -319,14 +302,14 @@ class Aggregator:
             for job in list(self.jobs.values()):
                 opened = job.open
                 overdue = opened and now - self._opened_at[job.job] >= opened.deadline_s
-                asleep = not job.begun or job.ended or self._starts.put_off(job)
+                asleep = not job.begun or job.ended or self._store.put_off(job)
                 if not asleep and (overdue or not opened):
                     await settle(self._overdue(job, opened), self.counters, what="deadline")
             await self._clock.sleep(TICK_S)
 
     async def _overdue(self, job: JobState, opened: RoundOpened | None) -> None:
         async with self._turn:
-            await self._starts.bring(job)
+            await self._store.bring(job)
             if opened is not None and job.open is opened:
                 for event in job.decide_close(overdue=True):
                     await self._commit(event)
@@ -339,10 +322,10 @@ class Aggregator:
 
         The caller holds `_turn` over this and what led to it: nobody sees a job between two rounds.
         """
-        await self._starts.bring(job)
+        await self._store.bring(job)
         while True:
             published = await self._publish(job)
-            await self._tidy(job)
+            await self._store.tidy(job, self.jobs.values())
             events = job.decide_next()
             for event in events:
                 if isinstance(event, DetailEvent):
@@ -355,28 +338,8 @@ class Aggregator:
     async def _publish(self, job: JobState) -> bool:
         if not job.snapshot_due or job.open is not None:
             return False
-        try:
-            reference = await blobs.put(self._streams, job.adapter.to_bytes())
-        except TransientError as error:
-            self._unpublished = str(error)
-            self.counters.add("appends_failed")
-            raise
-        self._unpublished = ""
-        await self._commit(job.decide_published(reference))
+        await self._commit(job.decide_published(await self._store.put(job)))
         return True
-
-    async def _tidy(self, job: JobState) -> None:
-        """The store has no snapshot that nobody needs; where the broker fails it, next time."""
-        outdated = job.outdated_snapshots
-        removed = self._removed[job.job] = self._removed.get(job.job, set()).intersection(outdated)
-        try:
-            for snapshot in outdated:
-                wanted = any(snapshot in other.needed for other in self.jobs.values())
-                if not (wanted or snapshot in removed):
-                    await blobs.delete(self._streams, snapshot)
-                    removed.add(snapshot)
-        except TransientError as error:
-            log.warning("snapshot_not_removed", job=job.job, error=str(error))
 
     async def _commit(self, event: LogEvent) -> None:
         sequence = await self._log.append(event.job, event)

@@ -16,10 +16,11 @@ from services.aggregator.opening import open_epoch
 from services.aggregator.pooling import Pool
 from services.aggregator.roster import Counted, Roster
 from services.aggregator.rounds import Progress, RoundRecord, contribute, round_of
+from services.aggregator.snapshots import Snapshots
+from services.aggregator.standing import Standing
 from services.aggregator.terms import merged
 from shared.adapter import Adapter
 from shared.errors import RejectError, StaleMessage
-from shared.heldout import HeldOut
 from shared.messages import (
     AdapterEvaluated,
     BlobRef,
@@ -44,11 +45,6 @@ from shared.messages import (
     WalkSums,
 )
 
-KEPT_SNAPSHOTS = 2
-"""In the store: so many of the newest, and so many of those that did best on held-out rows, as one
-more device's figures may change which of them is the best."""
-KEPT_UNMEASURED = 8
-"""So many of the newest whose figures are yet to come stay as well: one may be the best."""
 EVALUATION_ROUNDS = 100
 """How late an evaluation may come: the first one of a job reads all held-out rows."""
 
@@ -60,17 +56,8 @@ class JobState:
         self.job = opened.job
         self.spec: JobSpec = opened.spec
         self._allowed = frozenset(opened.spec.allow_devices)
-        self._theta: Adapter | None = None
-        self._manifest = b""
-        self._epoch_sequence = 0
-        self._digest = ""
-        """Of theta, as the log has it."""
-        self._begun_with: list[BlobRef] = []
-        """Starts and anchors of all its epochs: each is needed by whoever reads the log."""
-        self.start: BlobRef | None = None
-        """Where theta begins, as long as nobody has brought its bytes; see `begin`."""
-        self._behind: list[RoundClosed] = []
-        """Closes that theta has not been moved by: a replay of an ended job needs none of them."""
+        self.snapshots = Snapshots()
+        self._standing: Standing | None = None
         self.rounds: dict[int, RoundRecord] = {}
         self._roster = Roster()
         self.open: RoundOpened | None = None
@@ -83,25 +70,18 @@ class JobState:
         self.stopped = False
         self.ended: JobEnded | None = None
         self.reported_round = 0
-        self.published_round = -1
         self.snapshot_due = False
-        self.snapshots: list[BlobRef] = []
-        """Those that may be in the store."""
-        self._outdated: tuple[list[BlobRef], list[BlobRef]] = ([], [])
-        """Those that were so when the last but one was published, and when the last was."""
         self.detail_sequence = 0
         self.unlogged: list[tuple[int, EvaluationSums]] = []
         self.evaluations_logged: set[tuple[int, int]] = set()
         """Each by the UpdatesFolded it was made from, and the round it is of."""
-        self._held_out = HeldOut()
         self._newest: Commit | None = None
         self._importance: Importance | None = None
-        self._successor: Adapter | None = None
 
     @property
     def begun(self) -> bool:
         """Whether the log has the job's epoch: a kill may have come between the two."""
-        return self._theta is not None
+        return self._standing is not None
 
     # ---- decide
 
@@ -152,17 +132,17 @@ class JobState:
             return [self._report(self.rounds[self.round])]
         if not self.finished:
             return [self._next_round()]
-        if self.published_round != self.round or self.waiting:
+        if self.snapshots.round != self.round or self.waiting:
             return []
         return [self._end("stopped" if self.stopped else "finished")]
 
     @property
     def waiting(self) -> bool:
         """Whether nothing but an OpenEpoch, or a StopJob, can move it on."""
-        if not self.finished or self.stopped or self.ended or self._theta is None:
+        if not self.finished or self.stopped or self.ended:
             return False
-        last = self._theta.manifest.epoch + 1 >= self.spec.epochs
-        return not last and self.published_round == self.round
+        last = self._epoch + 1 >= self.spec.epochs
+        return not last and self.snapshots.round == self.round
 
     def decide_stop(self) -> list[LogEvent]:
         """The close of the open round, or the end of a job that waits, or that lacks its start."""
@@ -194,29 +174,15 @@ class JobState:
             round=adapter.round,
             digest=adapter.digest(),
             snapshot=snapshot,
-            epoch_sequence=self._epoch_sequence,
+            epoch_sequence=self._begun.sequence,
         )
-
-    @property
-    def outdated_snapshots(self) -> list[BlobRef]:
-        """Snapshots that newer or better ones pushed out, unless a kept one has the same bytes."""
-        needed = self.needed
-        return [snapshot for snapshot in self.snapshots if snapshot not in needed]
-
-    @property
-    def needed(self) -> list[BlobRef]:
-        """What the store must keep: where the job began, its newest, its best, and what may be."""
-        judged = self._held_out.ranked()[:KEPT_SNAPSHOTS]
-        judged += self._held_out.awaited()[-KEPT_UNMEASURED:]
-        newest = self.snapshots[-KEPT_SNAPSHOTS:]
-        return [*self._begun_with, *newest, *(published.snapshot for published in judged)]
 
     # ---- evolve
 
     def evolve(self, event: LogEvent | DetailEvent, sequence: int) -> None:
         """Apply one fact; `sequence` is its place in its stream."""
         if isinstance(event, LogEvent):
-            self._held_out.see(event)
+            self.snapshots.see(event)
         match event:
             case EpochOpened():
                 self._evolve_epoch(event, sequence)
@@ -230,16 +196,11 @@ class JobState:
             case AdapterEvaluated():
                 self._evolve_evaluated(event)
             case ModelPublished():
-                self.published_round = event.round
                 self.snapshot_due = False
-                # The store is told twice what to remove: the first time may have been cut short.
-                told, again = self._outdated
-                there = [one for one in self.snapshots if one not in told or one not in again]
-                self.snapshots = [*there, event.snapshot]
-                self._outdated = again, self.outdated_snapshots
             case JobEnded():
                 self.ended, self.open = event, None
-                self._behind.clear()
+                if self._standing is not None:
+                    self._standing.forget()
             case UpdatesFolded():
                 self._evolve_folded(event, sequence)
             case RoundReport():
@@ -253,7 +214,8 @@ class JobState:
 
     def summary(self) -> JobSummary:
         """What the operator is told of this job."""
-        evaluated = self._held_out.measured[-1] if self._held_out.measured else None
+        measured = self.snapshots.held_out.measured
+        evaluated = measured[-1] if measured else None
         return JobSummary(
             job=self.job,
             status=self._status,
@@ -261,7 +223,7 @@ class JobState:
             epochs=self.spec.epochs,
             round=self.round,
             rounds=self.spec.tuning.rounds,
-            digest=self.ended.digest if self.ended else self._digest,
+            digest=self.ended.digest if self.ended else self._begun.digest,
             reason=self.ended.reason if self.ended else "",
             accuracy=evaluated.accuracy if evaluated else None,
             loss=evaluated.loss if evaluated else None,
@@ -273,17 +235,18 @@ class JobState:
         record = None if self.open is None else self.rounds[self.open.round]
         return (record and record.progress) or Progress(Pool(0))
 
+    @property
+    def start(self) -> BlobRef | None:
+        """Where theta begins, as long as nobody has brought its bytes; see `begin`."""
+        return None if self._standing is None else self._standing.start
+
     def begin(self, data: bytes) -> None:
         """The bytes of the blob `start` are here: theta begins with them.
-
-        It is the one thing that `evolve` cannot know. A replay goes on without until its end.
 
         Raises:
             MalformedMessage: they are no adapter of the epoch's manifest.
         """
-        if self._theta is not None and self.start is not None:
-            self._theta = Adapter.from_bytes(self._manifest, data)
-            self.start = None
+        self._begun.begin(data)
 
     # ---- inside
 
@@ -294,16 +257,17 @@ class JobState:
         Raises:
             RuntimeError: the job has no epoch (see `begun`), or not its start (see `begin`).
         """
-        if self._theta is None or self.start is not None:
-            raise RuntimeError(f"job {self.job} has no epoch, or nobody has brought its start")
-        for close in self._behind:
-            self._theta.apply(close.round, close.commit)
-        self._behind.clear()
-        return self._theta
+        return self._begun.adapter
+
+    @property
+    def _begun(self) -> Standing:
+        if self._standing is None:
+            raise RuntimeError(f"job {self.job} has no epoch")
+        return self._standing
 
     @property
     def _epoch(self) -> int:
-        return 0 if self._theta is None else self._theta.manifest.epoch
+        return 0 if self._standing is None else self._standing.epoch
 
     @property
     def _status(self) -> Literal["running", "finishing", "waiting", "ended"]:
@@ -341,14 +305,13 @@ class JobState:
         commit = None if waiting else self._commit(closing)
         if commit is not None:
             commit = adapter.fitting(commit)
-        self._successor = adapter.after(opened.round, commit)
         return RoundClosed(
             job=self.job,
             epoch=opened.epoch,
             round=opened.round,
             reason=reason,
             commit=commit,
-            digest=self._successor.digest(),
+            digest=self._begun.after(opened.round, commit),
             detail_sequence=self.detail_sequence,
             frozen=closing.frozen if closing else None,
             updates=progress.updates,
@@ -408,31 +371,25 @@ class JobState:
 
     def _end(self, reason: Literal["finished", "stopped"]) -> JobEnded:
         stands = self.round - (self.open is not None)
-        return JobEnded(self.job, self._epoch, stands, reason, self._digest)
+        return JobEnded(self.job, self._epoch, stands, reason, self._begun.digest)
 
     def _evolve_epoch(self, event: EpochOpened, sequence: int) -> None:
         """Nothing of the epoch before is of use any more: its latecomers would move nothing."""
-        self._theta, self._manifest = Adapter(event.manifest), event.manifest
-        self._epoch_sequence, self.start, self._digest = sequence, event.start, event.digest
-        self._begun_with += filter(None, (event.start, event.anchor))
-        self._behind, self.rounds, self.carried = [], {}, []
+        self._standing = Standing(event, sequence)
+        self.rounds, self.carried = {}, []
         self._roster.forget([])
         self.commits = self.abandoned_in_a_row = 0
         self.finished = self.snapshot_due = False
-        self._newest = self._importance = self._successor = None
+        self._newest = self._importance = None
         self.reported_round = self.round  # an epoch is opened after the report of the one before
 
     def _evolve_closed(self, event: RoundClosed) -> None:
         record = self.rounds.get(event.round)
-        if record is None:
+        if record is None or self._standing is None:
             return
-        successor, self._successor = self._successor, None
-        if successor is not None and successor.digest() == event.digest:
-            self._theta = successor
-        else:
-            self._behind.append(event)
+        self._standing.close(event)
         self.open = None
-        self.round, self._digest = event.round, event.digest
+        self.round = event.round
         self.detail_sequence = max(self.detail_sequence, event.detail_sequence)
         self.carried.append(event.round)
         if not (event.more or (event.reason == "abandoned" and len(self.carried) > 1)):
@@ -448,7 +405,8 @@ class JobState:
         self.stopped = event.reason == "stopped"
         evaluation_left = self.spec.evaluation.every_rounds and record.opened.kind == "tune"
         complete = self.commits >= self.spec.tuning.rounds and not evaluation_left
-        self.finished = self.stopped or complete or (self._held_out.converged and not self.carried)
+        converged = self.snapshots.held_out.converged and not self.carried
+        self.finished = self.stopped or complete or converged
         periodic = tuned and self.commits % self.spec.snapshot_every == 0
         # What is measured is published: it may turn out to be the best.
         measured = event.commit is not None and self._evaluation_due

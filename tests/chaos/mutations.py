@@ -14,11 +14,13 @@ from edge_client.spool import Spool
 from services.aggregator.folding import Folding
 from services.aggregator.pooling import Batch
 from services.aggregator.service import Aggregator
-from services.aggregator.starts import Starts
+from services.aggregator.snapshots import Snapshots
+from services.aggregator.standing import Standing
 from services.aggregator.state import JobState
-from shared.adapter import Adapter
+from services.aggregator.store import Store
+from shared.heldout import HeldOut
 from shared.log_writer import LogWriter
-from shared.messages import BlobRef, ProbeResult
+from shared.messages import LogEvent, ProbeResult
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 
@@ -122,34 +124,34 @@ def claims_nothing(patch: pytest.MonkeyPatch) -> None:
 
 
 def begins_an_epoch_at_zero(patch: pytest.MonkeyPatch) -> None:
-    def empty_handed(self: JobState, data: bytes) -> None:
+    def empty_handed(self: Standing, data: bytes) -> None:
         """The start is taken for granted, and never looked into."""
-        if self.start is not None:
-            self._theta, self.start = Adapter(self._manifest), None
+        self.start = None
 
-    patch.setattr(JobState, "begin", empty_handed)
+    patch.setattr(Standing, "begin", empty_handed)
 
 
 def brings_no_start_after_a_restart(patch: pytest.MonkeyPatch) -> None:
-    async def idle(self: Starts, job: JobState) -> None:
+    async def idle(self: Store, job: JobState) -> None:
         """What the log has is all there is."""
 
-    patch.setattr(Starts, "bring", idle)
+    patch.setattr(Store, "bring", idle)
 
 
 def removes_what_an_epoch_began_with(patch: pytest.MonkeyPatch) -> None:
-    outdated, needed = JobState.outdated_snapshots.fget, JobState.needed.fget
-    assert outdated is not None
-    assert needed is not None
+    see = Snapshots.see
 
-    def all_that_is_old(self: JobState) -> list[BlobRef]:
-        return [*outdated(self), *(self._begun_with if self.finished else ())]
+    def alike(self: Snapshots, event: LogEvent) -> None:
+        """As if a start were a version like any other."""
+        see(self, event)
+        self.listed += self._begun_with
+        self._begun_with = []
 
-    def all_but_that(self: JobState) -> list[BlobRef]:
-        return [one for one in needed(self) if one not in self._begun_with]
+    patch.setattr(Snapshots, "see", alike)
 
-    patch.setattr(JobState, "outdated_snapshots", property(all_that_is_old))
-    patch.setattr(JobState, "needed", property(all_but_that))
+
+def removes_the_best(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(HeldOut, "ranked", lambda self: [])  # type: ignore[misc]
 
 
 def counts_what_an_epoch_left_behind(patch: pytest.MonkeyPatch) -> None:

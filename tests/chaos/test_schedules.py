@@ -23,6 +23,7 @@ from tests.chaos.mutations import (
     loses_a_spool_file,
     never_sends_again,
     removes_before_its_line_is_on_disk,
+    removes_the_best,
     removes_what_an_epoch_began_with,
     sends_before_it_is_on_disk,
     settles_before_it_is_logged,
@@ -87,6 +88,7 @@ def test_a_seed_repeats_its_schedule_exactly_in_any_process() -> None:
         (begins_an_epoch_at_zero, 10, "digest"),
         (brings_no_start_after_a_restart, 40, "s over"),
         (removes_what_an_epoch_began_with, 10, "which is gone"),
+        (removes_the_best, 10, "the best snapshot"),
         (counts_what_an_epoch_left_behind, 150, "no device ever had it"),
     ],
 )

@@ -78,7 +78,8 @@ async def test_a_restart_while_it_waits_and_one_after_lose_nothing() -> None:
     fourth = await an_aggregator(link)  # which has no use for an ended job's start
     await fourth.fold([stored(late)])
     assert fourth.counters.snapshot()["updates_too_late"] == 1
-    for version in (request.start, *third.jobs["demo"].snapshots):  # all epochs can be replayed
+    listed = third.jobs["demo"].snapshots.listed
+    for version in (request.start, *listed):  # all epochs can be replayed
         await blobs.load(link, version)
 
 
@@ -185,16 +186,16 @@ async def test_what_an_epoch_begins_with_outlives_the_job_that_published_it() ->
     await do_a_round(aggregator)
     taken = aggregator.jobs["demo"]
     assert taken.adapter.round == aggregator.jobs["other"].adapter.round
-    manifest, start = encode_manifest(taken.adapter.manifest), taken.snapshots[-1]
+    manifest, start = encode_manifest(taken.adapter.manifest), taken.snapshots.listed[-1]
     await aggregator.answer(OpenEpoch(job="other", manifest=manifest, start=start))
     for _ in range(3):
         await aggregator.answer(await a_request(link, aggregator))
         await do_a_round(aggregator)
-    assert len(taken.snapshots) == 4
-    assert start not in taken.snapshots[-2:]
+    assert len(taken.snapshots.listed) == 4
+    assert start not in taken.snapshots.listed[-2:]
     await blobs.load(link, start)
     with pytest.raises(TransientError):  # nobody needs the one after it
-        await blobs.load(link, taken.snapshots[-3])
+        await blobs.load(link, taken.snapshots.listed[-3])
 
 
 async def test_a_start_of_an_absurd_size_is_refused_before_it_is_asked_for() -> None:

@@ -79,11 +79,11 @@ def test_a_job_without_anything_better_ends_when_its_patience_is_out() -> None:
 
 def test_the_store_keeps_the_best_beside_the_newest_and_is_told_what_is_neither() -> None:
     run = a_run([(25, 140), (90, 40), (80, 50), *[(30, 130)] * 8])
-    needed = {one.digest for one in run.state.needed}
+    needed = {one.digest for one in run.state.snapshots.needed}
     by_round = {
         event.round: event.snapshot.digest for event in run.log if isinstance(event, ModelPublished)
     }
     newest = sorted(by_round)[-2:]
     assert needed == {by_round[number] for number in (1, 2, *newest)}
-    assert not needed & {one.digest for one in run.state.outdated_snapshots}
-    assert run.restarted().state.needed == run.state.needed
+    assert not needed & {one.digest for one in run.state.snapshots.outdated}
+    assert run.restarted().state.snapshots.needed == run.state.snapshots.needed
