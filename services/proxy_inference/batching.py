@@ -6,11 +6,15 @@ prompts share what room the batch has left. When the cache is full, idle lanes a
 youngest sequence gives up its lane and comes again: it loses time, never its place in its text.
 """
 
+import math
 from collections import deque
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 
 from services.proxy_inference.remote.doubt import Doubt
+
+_IDLE_PASSES = 32
+"""Where what is idle costs every pass, so many passes cost about half of reading it again."""
 
 
 class Sequence:
@@ -96,7 +100,10 @@ class Plan:
 
     @property
     def size(self) -> int:
-        return sum(share.count for share in self.shares)
+        size = 0
+        for share in self.shares:
+            size += share.count
+        return size
 
 
 class Schedule:
@@ -111,7 +118,8 @@ class Schedule:
         most_reads: int,
         idle_cells: int | None = None,
     ) -> None:
-        """`cells`: tokens in the cache, of them at most `idle_cells` for lanes that nobody uses. A
+        """`cells`: tokens in the cache, of them at most `idle_cells` for lanes that nobody uses; if
+        those are fewer, they cost every pass, and are not kept for long while others are served. A
         pass has at most `batch_tokens` tokens and reads at most `most_reads` rows, but one row of
         each running sequence always."""
         self.lanes = [Lane(number) for number in range(lanes)]
@@ -124,6 +132,11 @@ class Schedule:
         self._batch_tokens = batch_tokens
         self._most_reads = max(most_reads, lanes)
         self._pass = 0
+        self._held = 0
+        """Tokens in all lanes."""
+        self._idle_passes = _IDLE_PASSES if self._idle_cells < cells else math.inf
+        self._thin_from: float = 0
+        """The pass before which no idle lane can have to be emptied."""
         self._owed: list[Forget | Copy] = []
         """What was sent and not kept: the next pass forgets it first."""
 
@@ -141,6 +154,7 @@ class Schedule:
             return
         sequence.lane.sequence = None
         sequence.lane = None
+        self._thin_from = 0
         self.running.remove(sequence)
 
     def reset(self) -> None:
@@ -149,6 +163,7 @@ class Schedule:
             self._put_back(sequence)
         for lane in self.lanes:
             lane.held = []
+        self._held = 0
         self._owed.clear()
 
     def next(self) -> Plan:
@@ -184,6 +199,7 @@ class Schedule:
         end = sequence.fed + kept
         if lane is not None:
             lane.held += sequence.tokens[sequence.fed : end]
+            self._held += kept
             lane.used = self._pass
             if kept < share.count:
                 self._owed.append(Forget(lane.number, end))
@@ -222,26 +238,33 @@ class Schedule:
         if mine is best:
             if count < len(mine.held):
                 plan.edits.append(Forget(mine.number, count))
+                self._held -= len(mine.held) - count
                 del mine.held[count:]
         else:
             self._empty(mine, plan)
-            fits = sum(len(lane.held) for lane in self.lanes) + count <= self._cells
-            if count and fits:
+            if count and self._held + count <= self._cells:
                 plan.edits.append(Copy(best.number, mine.number, count))
                 mine.held = best.held[:count]
+                self._held += count
         mine.sequence, mine.used, mine.steered = sequence, self._pass, steered
         sequence.lane, sequence.fed = mine, len(mine.held)
         sequence.reused = max(sequence.reused, sequence.fed)
         self.running.append(sequence)
 
     def _thin_out(self, plan: Plan) -> None:
-        """Idle lanes hold no more than they may; who was used last stays longest."""
+        """Idle lanes hold no more than they may, no longer; who was used last stays longest."""
+        if self._pass < self._thin_from:
+            return
+        self._thin_from = math.inf
         idle = [lane for lane in self.lanes if lane.sequence is None and lane.held]
         kept = 0
         for lane in sorted(idle, key=lambda lane: -lane.used):
             kept += len(lane.held)
-            if kept > self._idle_cells:
+            until = lane.used + self._idle_passes
+            if kept > self._idle_cells or self._pass > until:
                 self._empty(lane, plan)
+            else:
+                self._thin_from = min(self._thin_from, until + 1)
 
     def _make_room(self, plan: Plan) -> None:
         """Every sequence that needs but one token has room for it."""
@@ -271,15 +294,18 @@ class Schedule:
     def _reach(self, wanted: int, plan: Plan) -> int:
         """Free cells beyond `wanted`, after emptying idle lanes as needed; negative: too few."""
         while True:
-            free = self._cells - sum(len(lane.held) for lane in self.lanes) - wanted
+            free = self._cells - self._held - wanted
+            if free >= 0:
+                return free
             idle = [lane for lane in self.lanes if lane.sequence is None and lane.held]
-            if free >= 0 or not idle:
+            if not idle:
                 return free
             self._empty(min(idle, key=lambda lane: lane.used), plan)
 
     def _empty(self, lane: Lane, plan: Plan) -> None:
         if lane.held:
             plan.edits.append(Forget(lane.number, 0))
+            self._held -= len(lane.held)
             lane.held = []
 
     def _preempt(self, plan: Plan) -> None:
@@ -294,6 +320,7 @@ class Schedule:
     def _put_back(self, sequence: Sequence) -> None:
         if sequence.lane is not None:
             sequence.lane.sequence = None
+            self._thin_from = 0
         sequence.lane, sequence.fed = None, 0
         self.running.remove(sequence)
         self.waiting.appendleft(sequence)

@@ -5,7 +5,7 @@ import math
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 from uuid import uuid4
 
@@ -13,7 +13,6 @@ import msgspec
 import numpy as np
 from aiohttp import web
 
-from services.proxy_inference import answers
 from services.proxy_inference.answers import ChatForm, CompletionForm, Form, Head, Json
 from services.proxy_inference.batching import Sequence
 from services.proxy_inference.ensemble.ensemble import Ensemble
@@ -28,9 +27,10 @@ from services.proxy_inference.requests import (
     decoded,
     unserved,
 )
-from services.proxy_inference.running import Answer, Choice, Finish, Mark, Piece
+from services.proxy_inference.running import Answer, Choice, Piece
 from services.proxy_inference.sampling import Sampler
 from services.proxy_inference.service import Proxy, Way
+from services.proxy_inference.telling import Asked, check, gathered, streamed
 from services.proxy_inference.vocabulary import Detokenizer
 from shared.dataset import Row, check_task, split_template
 from shared.engine.examples import choice_tokens, example
@@ -59,28 +59,6 @@ class Wanted:
     ends: frozenset[int]
     marks: int | None
     echo: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """One request, understood: the answers to write and how they are told."""
-
-    way: Way
-    runs: list[Answer]
-    form: Form
-    head: Head
-    prompt_tokens: int
-    stream: bool
-    usage: bool
-
-
-@dataclass(slots=True)
-class _Choice:
-    """One answer, as it is gathered."""
-
-    text: str = ""
-    marks: list[Mark] = field(default_factory=list[Mark])
-    finish: Finish | None = None
 
 
 class Completing:
@@ -171,7 +149,7 @@ class Completing:
             run = Choice(Sequence(prompt, alpha=way.alpha), choices)
             async with self._proxy.running(way.speaker, [run]) as pieces:
                 _, piece = await anext(pieces)
-            _check(piece)
+            check(piece)
             found = _classified(list(task.labels), piece.scores)
             found |= {"model": held.name, "system_fingerprint": way.fingerprint}
             return json_response(found | self._told(way, [run]))
@@ -183,8 +161,8 @@ class Completing:
             async with self._proxy.running(asked.way.speaker, asked.runs) as pieces:
                 timed = self._timed(asked, pieces, began)
                 if asked.stream:
-                    return await _streamed(request, asked, timed)
-                return await _gathered(asked, timed)
+                    return await streamed(request, asked, timed)
+                return await gathered(asked, timed)
         finally:
             self._count(asked, time.monotonic() - began)
 
@@ -347,65 +325,6 @@ def _check_sent(way: Way, prompt: list[int], param: str) -> None:
             raise Refusal(400, str(error), param=param) from error
 
 
-def _check(piece: Piece) -> None:
-    if piece.finish == "error":
-        raise Refusal(500, piece.error, code="engine_failed")
-
-
-async def _gathered(
-    asked: Asked, pieces: AsyncGenerator[tuple[int, Piece], None]
-) -> web.StreamResponse:
-    choices = [_Choice() for _ in asked.runs]
-    async for index, piece in pieces:
-        _check(piece)
-        choice = choices[index]
-        choice.text += piece.text
-        choice.marks += piece.marks
-        choice.finish = piece.finish or choice.finish
-    told = [
-        asked.form.whole(index, choice.text, choice.marks, choice.finish)
-        for index, choice in enumerate(choices)
-    ]
-    return json_response(asked.head.of(asked.form.kind, told) | {"usage": _usage(asked)})
-
-
-async def _streamed(
-    request: web.Request, asked: Asked, pieces: AsyncGenerator[tuple[int, Piece], None]
-) -> web.StreamResponse:
-    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    response = web.StreamResponse(headers=headers)
-    response.content_type = "text/event-stream"
-    response.charset = "utf-8"
-    await response.prepare(request)
-    kind, extra = asked.form.part_kind, {"usage": None} if asked.usage else {}
-    openings = [asked.form.opening(index) for index in range(len(asked.runs))]
-    for opening in filter(None, openings):
-        await response.write(_event(asked.head.of(kind, [opening]) | extra))
-    async for index, piece in pieces:
-        if piece.finish == "error":
-            await response.write(
-                _event(answers.error(piece.error, "server_error", None, "engine_failed"))
-            )
-            return response
-        told: list[Json] = []
-        if piece.text or piece.marks:
-            told.append(asked.form.part(index, piece.text, piece.marks, None))
-        if piece.finish:
-            told.append(asked.form.part(index, "", [], piece.finish))
-        data = b"".join(_event(asked.head.of(kind, [one]) | extra) for one in told)
-        await response.write(data)
-    if asked.usage:
-        await response.write(_event(asked.head.of(kind, []) | {"usage": _usage(asked)}))
-    await response.write(b"data: [DONE]\n\n")
-    return response
-
-
-def _usage(asked: Asked) -> Json:
-    written = sum(run.written for run in asked.runs)
-    reused = sum(run.sequence.reused for run in asked.runs)
-    return answers.usage(asked.prompt_tokens, written, reused)
-
-
 def _classified(labels: list[str], scores: list[float]) -> Json:
     values = np.array(scores)
     weights = np.exp(values - values.max())
@@ -416,7 +335,3 @@ def _classified(labels: list[str], scores: list[float]) -> Json:
         "label": labels[int(shares.argmax())],
         "probabilities": dict(zip(labels, shares.tolist(), strict=True)),
     }
-
-
-def _event(value: Json) -> bytes:
-    return b"data: " + msgspec.json.encode(value) + b"\n\n"

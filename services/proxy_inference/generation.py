@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.proxy_inference.batching import Forget, Plan, Schedule, Sequence
+from services.proxy_inference.llama_batch import LlamaBatch
 from services.proxy_inference.running import Run
 from services.proxy_inference.shelf import ModelFile
 from services.proxy_inference.speaking import BATCH_TOKENS, Heard, Room, Settled, parted
@@ -29,10 +30,11 @@ from shared.engine.llama_adapters import Control, Lora
 from shared.engine.model import Adaptation
 from shared.engine.native import (
     load,
+    logits_at,
     native,
-    pointer,
     read_tensor,
     reason,
+    remove_tokens,
     start,
     tensor_bytes,
     tensor_name,
@@ -52,6 +54,9 @@ _MOST_LOGITS = 1 << 24
 _MOST_FILLED = 16
 """Passes of fewer tokens may be filled up to what costs less."""
 _TRIALS = 6
+_TRIALS_S = 2.0
+"""Where they take longer, passes are sent as they are: nobody is served meanwhile, and on a machine
+that is so busy they tell little."""
 _GAIN = 0.95
 _HELD = 256
 """Tokens in the cache while passes are timed."""
@@ -120,8 +125,13 @@ class Generation:
             block.kind == "output_rows" for block in adaptation.blocks
         )
         self._context: Any = self._open_context(watched=rows)
+        self._memory: Any = native.llama_get_memory(self._context)
+        self._logits: dict[tuple[int, int], NDArray[np.float32]] = {}
+        """By address and rows."""
+        self._filled_up = False
+        """Whether the cache holds what filled the last pass up."""
         self._drafted = drafted
-        self._batch = _Batch(BATCH_TOKENS, room.lanes, drafted=drafted)
+        self._batch = LlamaBatch(BATCH_TOKENS, room.lanes, drafted=drafted)
         self._fillings = range(_MOST_FILLED + 1)
         """To how many tokens a pass of so many is filled up."""
         try:
@@ -142,12 +152,13 @@ class Generation:
         Raises:
             EngineError: llama.cpp failed; the cache is in no known state.
         """
-        size = self._batch.fill(plan, self.filled(plan.size))
-        assert size <= BATCH_TOKENS, f"a pass of {size} tokens would abort the process"
+        size = plan.size
+        filled = self.filled(size)
+        reads = self._batch.fill(plan, size, filled)
         self._edit(plan)
-        if not plan.shares:
+        if not size:
             return np.empty((0, self.weights.vocabulary.size), np.float32)
-        reads = sum(share.reads for share in plan.shares)
+        self._filled_up = filled > size
         self._watching = bool(reads) and len(self._rows) > 0
         code = native.llama_decode(self._context, self._batch.sent)
         self._watching = False
@@ -157,7 +168,7 @@ class Generation:
         if not reads:
             native.llama_synchronize(self._context)
             return np.empty((0, self.weights.vocabulary.size), np.float32)
-        logits = self._logits(reads)
+        logits = self._read(reads)
         if len(self._rows):
             states = np.concatenate(self._states)[:reads]
             self._states.clear()
@@ -166,14 +177,18 @@ class Generation:
             logits[:, self._rows] += states @ self._deltas.T
         return logits
 
-    def _logits(self, reads: int) -> NDArray[np.float32]:
-        """llama.cpp's own, not a copy."""
-        count = reads * self.weights.vocabulary.size
-        found = ctypes.cast(native.llama_get_logits(self._context), ctypes.c_void_p).value
-        assert found
-        # ctypeslib's as_array takes six times as long.
-        memory = memoryview((ctypes.c_float * count).from_address(found))
-        return np.frombuffer(memory, np.float32).reshape(reads, -1)
+    def _read(self, reads: int) -> NDArray[np.float32]:
+        """llama.cpp's own logits, not a copy."""
+        at = logits_at(self._context)
+        assert at
+        found = self._logits.get((at, reads))
+        if found is None:
+            if len(self._logits) >= _MOST_FILLED:
+                self._logits.clear()
+            count = reads * self.weights.vocabulary.size
+            memory = memoryview((ctypes.c_float * count).from_address(at))
+            found = self._logits[at, reads] = np.frombuffer(memory, np.float32).reshape(reads, -1)
+        return found
 
     def speak(self, plan: Plan, schedule: Schedule, runs: Mapping[Sequence, Run]) -> list[Heard]:
         """As `decode`, by sequence; what waits and who asks make no difference."""
@@ -184,7 +199,7 @@ class Generation:
 
     def clear(self) -> None:
         """The cache is empty, of numbers too: what was not finite could leak through a mask."""
-        native.llama_memory_clear(native.llama_get_memory(self._context), True)
+        native.llama_memory_clear(self._memory, True)
 
     def close(self) -> None:
         with _adapters:
@@ -213,7 +228,7 @@ class Generation:
         inputs = Inputs(Embeddings(self.weights.path, self.weights.header), adaptation)
         inputs.set(values)
         self.prompt = inputs.prompt.tolist()
-        self._batch = _Batch(BATCH_TOKENS, self.room.lanes, inputs, drafted=self._drafted)
+        self._batch = LlamaBatch(BATCH_TOKENS, self.room.lanes, inputs, drafted=self._drafted)
 
     def _try(self) -> None:
         """One token, so that a version that cannot speak is refused before it serves anyone."""
@@ -248,15 +263,18 @@ class Generation:
         do."""
         sizes = range(1, _MOST_FILLED + 1)
         seconds = dict.fromkeys(sizes, math.inf)
+        found, until = [0, *sizes], time.perf_counter() + _TRIALS_S
         self.occupy()
         for _ in range(_TRIALS):
             for size in sizes:
+                if time.perf_counter() > until:
+                    self.clear()
+                    return found
                 began = time.perf_counter()
                 self.decode(self.trial(size, lane=1))
                 seconds[size] = min(seconds[size], time.perf_counter() - began)
                 self.decode(Plan([Forget(1, 0)]))
         self.clear()
-        found = [0, *sizes]
         for size in sizes:
             best = min(range(size, _MOST_FILLED + 1), key=lambda one: seconds[one])
             if seconds[best] < _GAIN * seconds[size]:
@@ -286,14 +304,15 @@ class Generation:
         return context
 
     def _edit(self, plan: Plan) -> None:
-        memory = native.llama_get_memory(self._context)
-        native.llama_memory_seq_rm(memory, self.room.lanes, -1, -1)
+        if self._filled_up:
+            remove_tokens(self._memory, self.room.lanes, -1, -1)
+            self._filled_up = False
         for edit in plan.edits:
             if isinstance(edit, Forget):
-                if not native.llama_memory_seq_rm(memory, edit.lane, edit.start, -1):
+                if not remove_tokens(self._memory, edit.lane, edit.start, -1):
                     raise EngineError("llama.cpp cannot cut this model's cache back")
             else:
-                native.llama_memory_seq_cp(memory, edit.source, edit.lane, 0, edit.count)
+                native.llama_memory_seq_cp(self._memory, edit.source, edit.lane, 0, edit.count)
 
     def _on_evaluated(self, tensor: int, ask: bool, _: object) -> bool:
         """llama.cpp has computed, or asks whether we want to see, a node of its graph."""
@@ -304,66 +323,6 @@ class Generation:
         read_tensor(tensor, state.ctypes.data, 0, state.nbytes)
         self._states.append(state)
         return True
-
-
-class _Batch:
-    """The arrays of llama.cpp's batch, made once."""
-
-    def __init__(
-        self, most: int, spare: int, inputs: Inputs | None = None, *, drafted: bool
-    ) -> None:
-        """With `inputs` their embeddings are sent in place of the tokens.
-
-        What fills a pass up goes to lane `spare`. Where passes are `drafted`, it is read as well if
-        all others are: llama.cpp makes its graph anew whenever it has other sizes than the last.
-        """
-        self._spare = spare
-        self._drafted = drafted
-        self._inputs = inputs
-        self._embeddings = np.empty((0, 0), np.float32)
-        self._tokens = np.zeros(most, np.int32)
-        self._positions = np.zeros(most, np.int32)
-        self._lanes = np.zeros(most, np.int32)
-        self._read = np.zeros(most, np.int8)
-        self._ones = np.ones(most, np.int32)
-        self._places = self._lanes.ctypes.data + 4 * np.arange(most, dtype=np.uint64)
-        self.sent = native.llama_batch()
-        if inputs is None:
-            self.sent.token = pointer(self._tokens, ctypes.c_int32)
-        self.sent.pos = pointer(self._positions, ctypes.c_int32)
-        self.sent.n_seq_id = pointer(self._ones, ctypes.c_int32)
-        self.sent.seq_id = pointer(self._places, ctypes.POINTER(ctypes.c_int32))
-        self.sent.logits = pointer(self._read, ctypes.c_int8)
-
-    def fill(self, plan: Plan, filled: int) -> int:
-        """The batch holds the plan's tokens and is filled up; its length (too many tokens are not
-        written)."""
-        size = plan.size
-        if size > len(self._tokens):
-            return size
-        at = 0
-        for share in plan.shares:
-            sequence = share.sequence
-            assert sequence.lane is not None
-            end, first = at + share.count, sequence.fed + share.skip
-            self._tokens[at:end] = sequence.tokens[first : first + share.count]
-            self._positions[at:end] = range(first, first + share.count)
-            self._lanes[at:end] = sequence.lane.number
-            self._read[at:end] = 0
-            self._read[end - share.reads : end] = 1
-            at = end
-        if filled > size:
-            more = slice(size, filled)
-            self._tokens[more] = 0
-            self._positions[more] = range(filled - size)
-            self._lanes[more] = self._spare
-            self._read[more] = self._drafted and bool(self._read[:size].all())
-            size = filled
-        self.sent.n_tokens = size
-        if self._inputs is not None:
-            self._embeddings = self._inputs.of(self._tokens[:size])
-            self.sent.embd = pointer(self._embeddings, ctypes.c_float)
-        return size
 
 
 def steering(small: Weights, adapter: Adapter, room: Room) -> Generation:

@@ -23,6 +23,9 @@ Logits = NDArray[np.float32]
 
 _CANDIDATES = 1024
 """Top-p sorts only so many tokens where they are enough."""
+_FAR = np.float32(60.0)
+"""Nats: a token so far below another has no probability, and float32 still holds the sum."""
+_NOTHING: Counter[int] = Counter()
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,10 @@ class Sampling:
     bias: Mapping[int, float] = field(default_factory=dict[int, float])
 
 
+_NO_TOKENS = np.empty(0, np.int64)
+_NO_SHARES = np.empty(0)
+
+
 @dataclass(frozen=True, slots=True)
 class Draft:
     """A proposed token."""
@@ -48,8 +55,8 @@ class Draft:
     """The drafting model's own probability, before filters and temperature, of what it would draw
     most likely. Whether a draft is sent hangs on this alone: did it hang on the token that was
     drawn, those that are sent would no longer be distributed by `shares`."""
-    tokens: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
-    shares: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    tokens: NDArray[np.int64] = field(default_factory=lambda: _NO_TOKENS)
+    shares: NDArray[np.float64] = field(default_factory=lambda: _NO_SHARES)
     """q: the candidates it was drawn from and the probability of each; none where the likeliest
     is taken."""
 
@@ -84,6 +91,11 @@ class Sampler:
         return self.greedy or not self._repeats
 
     @property
+    def penalises(self) -> bool:
+        """Whether what has been written matters."""
+        return bool(self._sampling.presence_penalty or self._sampling.frequency_penalty)
+
+    @property
     def greedy(self) -> bool:
         """Whether the likeliest token is always taken."""
         return self._sampling.temperature == 0.0
@@ -114,7 +126,7 @@ class Sampler:
         adjusted = self._adjusted(logits, written)
         if self.greedy:
             token = int(adjusted.argmax())
-            return Draft(token, probability(logits, token))
+            return Draft(token, probability(logits, token), _NO_TOKENS, _NO_SHARES)
         tokens, weights = candidates(adjusted, self._sampling)
         sure = probability(logits, int(logits.argmax()))
         return Draft(_drawn(tokens, weights, random), sure, tokens, weights / weights.sum())
@@ -130,7 +142,7 @@ class Sampler:
 
     def _adjusted(self, logits: Logits, written: Counter[int]) -> Logits:
         sampling = self._sampling
-        penalised = (sampling.presence_penalty or sampling.frequency_penalty) and written
+        penalised = self.penalises and written
         if not sampling.bias and not penalised:
             return logits
         adjusted = logits.copy()
@@ -156,11 +168,14 @@ class Drafter:
     def __init__(self, sampler: Sampler, random: np.random.Generator) -> None:
         self.sampler = sampler
         self._random = random
-        self._written = sampler.written
+        self._written = sampler.written if sampler.penalises else None
 
     def propose(self, logits: Logits) -> Draft:
-        draft = self.sampler.propose(logits, self._written, self._random)
-        self._written[draft.token] += 1
+        written = self._written
+        if written is None:
+            return self.sampler.propose(logits, _NOTHING, self._random)
+        draft = self.sampler.propose(logits, written, self._random)
+        written[draft.token] += 1
         return draft
 
 
@@ -249,8 +264,10 @@ def log_probabilities(logits: Logits) -> NDArray[np.float64]:
 
 def probability(logits: Logits, token: int) -> float:
     """Of one token, by the softmax of the logits (n_vocab,)."""
-    above = np.minimum(logits - logits[token], np.float32(700.0))
-    return float(1.0 / np.exp(above).sum(dtype=np.float64))
+    above = logits - logits[token]
+    np.minimum(above, _FAR, out=above)
+    np.exp(above, out=above)
+    return 1.0 / float(above.sum())
 
 
 def top(values: NDArray[np.float64], count: int) -> list[int]:

@@ -20,6 +20,10 @@ from shared.logs import get
 
 log = get("worker")
 
+_COLLECTED_S = 0.01
+"""What became visible is handed over so much later at most, together: waking the loop for every
+token took a tenth of a small model's pass, and its work then stands in this thread's way."""
+
 
 @dataclass(eq=False)
 class Ticket:
@@ -28,6 +32,8 @@ class Ticket:
     run: Run
     index: int
     pieces: asyncio.Queue[tuple[int, Piece]]
+    told: bool = False
+    """Whether anything was."""
 
 
 @dataclass(eq=False)
@@ -76,6 +82,10 @@ class Worker:
         self._orders: deque[Callable[[], None]] = deque()
         self._some = threading.Condition()
         self._stopping = False
+        self._told: deque[tuple[Ticket, Piece]] = deque()
+        self._collected = False
+        """Whether the loop looks by itself for what is told; it says no before it looks last."""
+        self._collection: asyncio.TimerHandle | None = None
         self._pass_began = 0.0
         # A daemon: a pass that hangs must not keep the process from ending.
         self._thread = threading.Thread(target=self._run, name="llama.cpp", daemon=True)
@@ -241,19 +251,40 @@ class Worker:
         desk.schedule.end(sequence)
 
     def _count(self) -> None:
-        desks = self._desks.values()
-        self.counts.running = sum(len(desk.schedule.running) for desk in desks)
-        self.counts.waiting = sum(len(desk.schedule.waiting) for desk in desks)
-        self.counts.preempted = sum(desk.schedule.preempted for desk in desks)
+        running = waiting = preempted = 0
+        for desk in self._desks.values():
+            running += len(desk.schedule.running)
+            waiting += len(desk.schedule.waiting)
+            preempted += desk.schedule.preempted
+        self.counts.running, self.counts.waiting = running, waiting
+        self.counts.preempted = preempted
 
     def _deliver(self, told: list[tuple[Ticket, Piece]]) -> None:
-        if told:
-            self._tell(lambda: _hand_over(told))
+        """An answer's first piece and its last are handed over at once."""
+        if not told:
+            return
+        self._told.extend(told)
+        urgent = False
+        for ticket, piece in told:
+            urgent = urgent or piece.finish is not None or not ticket.told
+            ticket.told = True
+        if urgent or not self._collected:
+            self._collected = True
+            self._tell(self._collect)
 
-
-def _hand_over(told: list[tuple[Ticket, Piece]]) -> None:
-    for ticket, piece in told:
-        ticket.pieces.put_nowait((ticket.index, piece))
+    def _collect(self) -> None:
+        """In the loop: what is told is handed over, and soon looked for again if there was any."""
+        if self._collection is not None:
+            self._collection.cancel()
+            self._collection = None
+        self._collected = False
+        if not self._told:
+            return
+        self._collected = True
+        while self._told:
+            ticket, piece = self._told.popleft()
+            ticket.pieces.put_nowait((ticket.index, piece))
+        self._collection = self._loop.call_later(_COLLECTED_S, self._collect)
 
 
 def _set(future: asyncio.Future[None]) -> None:

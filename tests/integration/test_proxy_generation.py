@@ -1,6 +1,7 @@
 """Passes of the real llama.cpp: what is found in the cache, copied or cut back, changes nothing."""
 
 import asyncio
+import time
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any, cast
@@ -11,7 +12,8 @@ from numpy.typing import NDArray
 
 from services.proxy_inference.batching import Plan, Schedule, Sequence
 from services.proxy_inference.generation import Generation, Weights
-from services.proxy_inference.running import Choice
+from services.proxy_inference.running import Answer, Choice, Piece
+from services.proxy_inference.sampling import Sampler, Sampling
 from services.proxy_inference.shelf import ModelFile
 from services.proxy_inference.speaking import BATCH_TOKENS, Heard, Room, parted
 from services.proxy_inference.worker import Ticket, Worker
@@ -134,3 +136,57 @@ async def test_a_failed_pass_costs_its_answers_and_a_bug_ends_the_worker_visibly
     with pytest.raises(RuntimeError, match="a bug"):
         await worker.ended
     asking.cancel()
+
+
+class Quick:
+    """A generation whose passes take a millisecond, and which never ends."""
+
+    room = ROOM
+    most_reads = 8
+    idle_cells = 512
+
+    def speak(self, plan: Plan, schedule: Schedule, runs: object) -> list[Heard]:
+        time.sleep(0.001)
+        reads = sum(share.reads for share in plan.shares)
+        return parted(plan.shares, np.eye(1, 8, 1, dtype=np.float32).repeat(reads, axis=0))
+
+    def settle(self, settled: object) -> None: ...
+
+    def clear(self) -> None: ...
+
+
+class Letters:
+    def bytes_of(self, token: int) -> bytes:
+        return b"abcdefgh"[token : token + 1]
+
+
+async def test_a_text_comes_while_it_is_written_in_order_and_ends_at_once() -> None:
+    worker, generation = Worker(), cast("Any", Quick())
+    worker.attach(generation)
+    queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
+    answers = [
+        Answer(
+            Sequence([1, 2]),
+            Letters(),
+            Sampler(Sampling(temperature=0.0), 0),
+            max_tokens=length,
+            stops=[],
+            ends=frozenset({0}),
+        )
+        for length in (40, 400)
+    ]
+    for index, answer in enumerate(answers):
+        worker.submit(generation, Ticket(answer, index, queue))
+    texts, ends, seen = ["", ""], list[int](), list[int]()
+    while len(ends) < 2:
+        index, piece = await queue.get()
+        texts[index] += piece.text
+        seen.append(answers[1].written - len(texts[1]))
+        if piece.finish:
+            ends.append(index)
+            assert len(texts[index]) == answers[index].written
+    assert texts == ["b" * 40, "b" * 400]
+    assert ends == [0, 1]
+    assert sorted(seen)[len(seen) // 2] < 60, "what is written is not held back for long"
+    worker.stop()
+    await worker.ended

@@ -199,3 +199,27 @@ def test_the_common_prefix_is_the_longest(one: list[int], other: list[int]) -> N
     count = common(one, other)
     assert one[:count] == other[:count]
     assert count == min(len(one), len(other)) or one[count] != other[count]
+
+
+@pytest.mark.parametrize(("idle", "kept"), [(100, False), (None, True)])
+def test_what_nobody_uses_is_not_kept_for_long_where_it_costs_every_pass(
+    idle: int | None, kept: bool
+) -> None:
+    schedule = Schedule(lanes=3, cells=400, batch_tokens=BATCH, most_reads=9, idle_cells=idle)
+
+    def write(prompt: list[int], tokens: int) -> Sequence:
+        sequence = Sequence(prompt)
+        schedule.add(sequence)
+        while sequence.read_from < len(prompt) + tokens - 1:
+            schedule.done(schedule.next())
+            sequence.tokens.append(1)
+        schedule.end(sequence)
+        return sequence
+
+    prompt, other = [2, 3, 4] * 5, [5] * 9
+    write(prompt, 1)
+    write(other, 2)
+    assert write(prompt, 1).reused == len(prompt) - 1, "it comes back soon"
+    write(other, 60)
+    assert (write(prompt, 1).reused > 0) == kept
+    assert write(other, 1).reused == len(other) - 1, "what was just used stays"

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from services.proxy_inference.batching import Sequence
 from services.proxy_inference.ensemble.combining import divergence, steer
 from services.proxy_inference.ensemble.costs import Curve
-from services.proxy_inference.ensemble.drafting import Acceptance, Prices, worth
+from services.proxy_inference.ensemble.drafting import Acceptance, Prices, least
 from services.proxy_inference.running import Answer, Piece
 from services.proxy_inference.sampling import Draft, Sampler, Sampling, candidates
 
@@ -87,7 +87,7 @@ def test_which_drafts_are_sent_moves_no_distribution() -> None:
         for draw in range(DRAWS // 2):
             one = Sampler(sampling, seed=draw)
             draft = one.drafter().propose(row)
-            pays = worth(acceptance.chance(draft.sure), acceptance.mean, prices)
+            pays = acceptance.chance(draft.sure) > least(acceptance.mean, prices)
             found[one.choose(large, draft if pays else None)] += 1
             sent += pays
         shares = np.array([found[token] / (DRAWS // 2) for token in range(len(large))])
@@ -155,10 +155,10 @@ def test_what_steers_is_the_difference_of_the_small_models() -> None:
     large, tuned, base = (_logits(seed, 8)[None] for seed in (1, 2, 3))
     wanted = large + 1.5 * (tuned - base)
     steered = large.copy()
-    steer(steered, tuned, base, np.array([[1.5]], np.float32))
+    steer(steered, tuned, base, 1.5)
     np.testing.assert_allclose(steered, wanted, rtol=1e-6)
     wide = np.concatenate([large, [[9.0, 9.0]]], axis=1, dtype=np.float32)
-    steer(wide, tuned, base, np.array([[1.5]], np.float32))
+    steer(wide, tuned, base, 1.5)
     np.testing.assert_allclose(wide[:, :8], wanted, rtol=1e-6)
     assert wide[0, 8:].tolist() == [9.0, 9.0]
     assert divergence(large[0], large[0]) == 0.0
@@ -200,10 +200,10 @@ def test_drafting_pays_where_verifying_is_cheap_and_stops_where_it_is_not() -> N
     free = Prices([1.0, 1.05, 1.1, 1.15], token=1.0)
     linear = Prices([1.0, 2.0, 3.0, 4.0], token=1.0)
     stair = Prices([1.0, 1.9, 2.0, 2.1], token=1.0)  # the second token costs, those after it hardly
-    assert worth(0.1, 0.1, free)
-    assert not worth(0.99, 0.99, linear)
-    assert worth(0.8, 0.8, stair), "two drafts together pay where one alone would not"
-    assert not worth(0.3, 0.5, stair)
+    assert least(0.1, free) < 0.1
+    assert least(0.99, linear) > 0.99
+    assert least(0.8, stair) < 0.8, "two drafts together pay where one alone would not"
+    assert least(0.5, stair) > 0.3
 
 
 def test_how_often_drafts_are_taken_is_learnt_by_how_sure_the_drafter_was() -> None:

@@ -6,14 +6,18 @@ from numpy.typing import NDArray
 Rows = NDArray[np.float32]
 
 
-def steer(large: Rows, tuned: Rows, base: Rows, alpha: NDArray[np.float32]) -> None:
-    """Add alpha (tuned - base) to `large`, in place: rows (m, n_vocab), `alpha` (m, 1).
+def steer(large: Rows, tuned: Rows, base: Rows, alpha: float) -> None:
+    """Add alpha (tuned - base) to `large`, in place: rows (m, n_vocab).
 
     Raw logits (proxy-tuning, Liu et al. 2024, eq. 1): what is constant over the vocabulary cancels
     in the softmax. A tokenizer's padding beyond the narrowest model is left as it is.
     """
     width = min(large.shape[1], tuned.shape[1], base.shape[1])
-    large[:, :width] += alpha * (tuned[:, :width] - base[:, :width])
+    moved = tuned[:, :width] - base[:, :width]
+    if alpha != 1.0:
+        moved *= np.float32(alpha)
+    part = large[:, :width]
+    np.add(part, moved, out=part)
 
 
 def divergence(logits: Rows, other: Rows) -> float:

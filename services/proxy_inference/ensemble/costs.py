@@ -9,6 +9,7 @@ _OUTLIER = 4.0
 _PRIOR = 10.0
 _MEMORY = 50.0
 """About so many passes of one size count, against so many of all sizes together."""
+_NONE = (0.0, 0.0)
 
 
 class Curve:
@@ -21,6 +22,8 @@ class Curve:
     def __init__(self) -> None:
         self._trials: dict[int, float] = {}
         self._sizes: list[int] = []
+        self._shapes: dict[int, float] = {}
+        """By size, as the trials have it."""
         self._scale = 1.0
         self._own: dict[int, tuple[float, float]] = {}
         """By size: how many passes count, and their mean scale."""
@@ -36,12 +39,13 @@ class Curve:
             self._trials[size] = seconds  # first: another version's passes may ask meanwhile
             self._sizes.insert(bisect_left(self._sizes, size), size)
         self._trials[size] = min(seconds, self._trials[size])
+        self._shapes = {}
 
     def measured(self, size: int, seconds: float) -> None:
         """A pass in service; there have been trials."""
         scale = min(seconds / self._shape(size), _OUTLIER * self._scale_of(size))
         self._scale += _WEIGHT * (scale - self._scale)
-        count, mean = self._own.get(size, (0.0, 0.0))
+        count, mean = self._own.get(size, _NONE)
         count = min(count + 1.0, _MEMORY)
         self._own[size] = count, mean + (scale - mean) / count
 
@@ -50,10 +54,17 @@ class Curve:
         return self._shape(size) * self._scale_of(size)
 
     def _scale_of(self, size: int) -> float:
-        count, mean = self._own.get(size, (0.0, 0.0))
+        count, mean = self._own.get(size, _NONE)
         return (count * mean + _PRIOR * self._scale) / (count + _PRIOR)
 
     def _shape(self, size: int) -> float:
+        shapes = self._shapes
+        found = shapes.get(size)
+        if found is None:
+            found = shapes[size] = self._between(size)
+        return found
+
+    def _between(self, size: int) -> float:
         place = bisect_left(self._sizes, size)
         if place == len(self._sizes):
             return self._trials[self._sizes[-1]] * size / self._sizes[-1]

@@ -4,6 +4,8 @@ A draft is verified together with what comes before it, so its price is what it 
 what it brings is the chance that it and all before it are taken, at the present price of a token.
 """
 
+import math
+from bisect import bisect_right
 from dataclasses import dataclass, field
 
 MOST_DRAFTS = 16
@@ -40,7 +42,7 @@ class Acceptance:
 
 
 def _bin(sure: float) -> int:
-    return sum(sure >= edge for edge in _EDGES)
+    return bisect_right(_EDGES, sure)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,23 +51,23 @@ class Prices:
 
     drafts: list[float]
     token: float
-    """Of a token, as things go at present."""
+    """Of a token, as things go at present; above 0."""
 
 
-def worth(chance: float, later: float, prices: Prices) -> bool:
-    """Whether to draft on: `chance` is that of the next draft and all before it to be taken,
-    `later` that of each one after it.
+def least(later: float, prices: Prices) -> float:
+    """It is worth drafting on where the next draft and all before it are taken with a chance above
+    this; `later` is that of each one after it.
 
     Not only the next draft is looked at: where a second token costs much and a third little, two
     are worth their price together or not at all.
     """
-    gained = 0.0
-    for price in prices.drafts[1:]:
+    without, *more = prices.drafts
+    found, gained, chance = math.inf, 0.0, 1.0
+    for price in more:
         gained += chance * prices.token
-        if gained > price - prices.drafts[0]:
-            return True
+        found = min(found, (price - without) / gained)
         chance *= later
-    return False
+    return found
 
 
 @dataclass

@@ -5,9 +5,11 @@ in the large model's alone. The tuned model drafts while that pays, the other tw
 one pass each, and what is not taken is cut from all three caches before the next pass.
 """
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +23,7 @@ from services.proxy_inference.ensemble.drafting import (
     Acceptance,
     Prices,
     Rate,
-    worth,
+    least,
 )
 from services.proxy_inference.generation import Generation
 from services.proxy_inference.running import Run
@@ -39,6 +41,8 @@ _TRIALS_S = 1.5
 _TRY_EVERY = 64
 """Every so many passes something is drafted that does not seem to pay: costs may have changed."""
 _TRIED = 3
+_PRICED = 8
+"""Every so many passes it is asked anew what pays."""
 _RECENT = 0.05
 _AHEAD = 3
 """So many drafts more are looked at, to see whether the next one is worth its price."""
@@ -71,26 +75,28 @@ class _Timed:
         self.generation = generation
         self.curve = curve
         self._tokens = tokens
-        self._length = 0
+        self.length = 0
+        """Of the last pass."""
         self._anew = 0.0
         """Seconds more."""
 
     def decode(self, plan: Plan) -> Rows:
         began = time.perf_counter()
         rows = self.generation.decode(plan)
-        if plan.shares:
-            seconds, length = time.perf_counter() - began, self.generation.filled(plan.size)
-            if length == self._length:
-                self.curve.measured(plan.size, seconds)
+        seconds, size = time.perf_counter() - began, plan.size
+        if size:
+            length = self.generation.filled(size)
+            if length == self.length:
+                self.curve.measured(size, seconds)
             else:
-                more = seconds - self.curve.seconds(plan.size)
+                more = seconds - self.curve.seconds(size)
                 self._anew += _RECENT * (max(more, 0.0) - self._anew)
-            self._length = length
+            self.length = length
         return rows[:, : self._tokens]
 
     def seconds(self, size: int) -> float:
         """What a pass of `size` tokens would take now."""
-        again = self.generation.filled(size) == self._length
+        again = self.generation.filled(size) == self.length
         return self.curve.seconds(size) + (0.0 if again else self._anew)
 
 
@@ -148,6 +154,10 @@ class Ensemble:
         self._acceptance = {True: Acceptance(), False: Acceptance()}
         """Of answers that take the likeliest token, and of others."""
         self._rate = Rate()
+        self._drafting = 0
+        """Passes in which something might be drafted."""
+        self._worth: dict[tuple[int, int, bool, int, int], float] = {}
+        """What `_least` found."""
         self._began = 0.0
         self._lines: dict[Sequence, _Line] = {}
         self._only_writing = False
@@ -246,33 +256,66 @@ class Ensemble:
         active = [line for line in lines if line.drafter is not None and line.most]
         if not active:
             return
-        turn, rest = divmod(self._counts.passes, _TRY_EVERY)
-        tried = 0 if rest else 1 + turn % _TRIED
+        turn = self._drafting = self._drafting + 1
+        tried = 0 if turn % _TRY_EVERY else 1 + turn // _TRY_EVERY % _TRIED
+        if not turn % _PRICED:
+            self._worth.clear()
         for ahead in range(MOST_DRAFTS):
-            prices = self._prices(size + sum(len(line.drafts) for line in lines), len(active))
-            active = [line for line in active if self._drafted(line, prices, sure=ahead < tried)]
+            active = self._drafted(active, size, sure=ahead < tried)
             if not active:
                 return
+            size += len(active)
             shares = [Share(line.share.sequence, 1, 1, skip=len(line.drafts)) for line in active]
             rows = tuned.decode(Plan([], shares)).copy()
             for place, line in enumerate(active):
                 line.rows.append(rows[place : place + 1])
 
-    def _drafted(self, line: _Line, prices: Prices, *, sure: bool) -> bool:
-        """Whether the line has a draft more; `sure`: one that does not pay will do."""
+    def _drafted(self, active: list[_Line], size: int, *, sure: bool) -> list[_Line]:
+        """The lines that have a draft more; `sure`: of some of them, whether it pays or not.
+
+        The likeliest come first: each draft makes the pass of `size` tokens dearer for the next.
+        """
+        writing = len(active)
+        proposed: list[tuple[float, _Line, Draft]] = []
+        for line in active:
+            draft = self._proposed(line, self._least(line, size, writing), sure=sure)
+            if draft is not None:
+                chance = self._acceptance[_greedy(line)].chance(draft.sure)
+                proposed.append((line.chance * chance, line, draft))
+        proposed.sort(key=itemgetter(0), reverse=True)
+        drafted: list[_Line] = []
+        for chance, line, draft in proposed:
+            tried = sure and _SOME * len(drafted) < writing
+            if not tried and chance <= self._least(line, size + len(drafted), writing):
+                line.dropped = draft
+                continue
+            line.chance = chance
+            line.drafts.append(draft)
+            line.share.sequence.tokens.append(draft.token)
+            drafted.append(line)
+        return drafted
+
+    def _proposed(self, line: _Line, enough: float, *, sure: bool) -> Draft | None:
+        """The line's next draft, unless none can have a chance of being taken above `enough`."""
         row = line.rows[-1][-1]
-        if line.drafter is None or len(line.drafts) >= line.most or not np.isfinite(row.max()):
-            return False
-        draft = line.drafter.propose(row)
-        acceptance = self._acceptance[line.drafter.sampler.greedy]
-        chance = line.chance * acceptance.chance(draft.sure)
-        if not sure and not worth(chance, acceptance.mean, prices):
-            line.dropped = draft
-            return False
-        line.chance = chance
-        line.drafts.append(draft)
-        line.share.sequence.tokens.append(draft.token)
-        return True
+        if line.drafter is None or len(line.drafts) >= line.most:
+            return None
+        if line.chance <= enough and not sure:
+            return None
+        if not math.isfinite(row[row.argmax()]):  # a NaN is the largest
+            return None
+        return line.drafter.propose(row)
+
+    def _least(self, line: _Line, size: int, writing: int) -> float:
+        """A chance above which a draft pays: as it was a few passes ago, it changes slowly."""
+        base, greedy = self._base, _greedy(line)
+        assert base is not None
+        key = size, writing, greedy, self._large.length, base.length
+        found = self._worth.get(key)
+        if found is None:
+            later = self._acceptance[greedy].mean
+            found = self._worth[key] = least(later, self._prices(size, writing))
+        return found
 
     def _prices(self, size: int, writing: int) -> Prices:
         """Of the next drafts of one of `writing` sequences, of which some will draft as much."""
@@ -297,12 +340,11 @@ class Ensemble:
             if line is None:
                 found.append(heard)
                 continue
-            tuned = np.concatenate(line.rows)
+            tuned = np.concatenate(line.rows) if len(line.rows) > 1 else line.rows[0]
             reads = heard.share.reads
             if reads:
                 alone = heard.logits[0].copy() if watched else None
-                alpha = np.full((reads, 1), line.share.sequence.alpha, np.float32)
-                steer(heard.logits, tuned, base[at : at + reads], alpha)
+                steer(heard.logits, tuned, base[at : at + reads], line.share.sequence.alpha)
                 at += reads
                 if alone is not None:
                     self._counts.watch(heard.logits[0], alone, tuned[0])
@@ -317,6 +359,10 @@ class Ensemble:
             sampler = line.drafter.sampler
             taken = sampler.chance(logits, line.dropped)
             self._acceptance[sampler.greedy].learn(line.dropped.sure, taken)
+
+
+def _greedy(line: _Line) -> bool:
+    return line.drafter is not None and line.drafter.sampler.greedy
 
 
 def _with_drafts(line: _Line) -> Share:
