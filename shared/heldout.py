@@ -4,6 +4,7 @@ The aggregator, the proxy and the console read the same facts and come to the sa
 """
 
 from dataclasses import dataclass
+from itertools import islice
 
 from shared.messages import (
     AdapterEvaluated,
@@ -15,6 +16,12 @@ from shared.messages import (
     RoundOpened,
 )
 
+MOST_VERSIONS = 256
+"""So many published versions of an epoch are told apart; of more, the best and the newest."""
+_BEST_KEPT = 32
+_NEWEST_KEPT = 128
+MOST_MEASURED = 10_000
+
 
 @dataclass(eq=False)
 class Measured:
@@ -24,8 +31,9 @@ class Measured:
     examples: int = 0
     correct: int = 0
     weight: int = 0
-    summed: float = 0.0
-    """Loss, nats."""
+    """0: nobody has answered yet."""
+    loss_sum: float = 0.0
+    """Nats."""
 
     @property
     def accuracy(self) -> float | None:
@@ -34,14 +42,14 @@ class Measured:
     @property
     def loss(self) -> float | None:
         """Mean over `weight`, nats."""
-        return self.summed / self.weight if self.weight else None
+        return self.loss_sum / self.weight if self.weight else None
 
     def add(self, event: AdapterEvaluated) -> None:
         """One more device's rows."""
         self.examples += event.examples
         self.correct += event.correct
         self.weight += event.weight
-        self.summed += event.loss
+        self.loss_sum += event.loss
 
 
 class HeldOut:
@@ -56,6 +64,8 @@ class HeldOut:
         self._opened: RoundOpened | None = None
         self._by_accuracy = True
         self._patience = 0
+        self._ranked: list[ModelPublished] | None = None
+        """None: not known since the last fact that may have changed it."""
 
     def see(self, event: LogEvent) -> None:
         """Take in one fact."""
@@ -69,17 +79,21 @@ class HeldOut:
                 self._opened = event
                 if event.evaluate:
                     self._of.setdefault(event.digest, Measured(event.round))
+                return
             case RoundClosed():
-                if self._opened is not None and event.commit is None:
-                    stays = self._of.get(self._opened.digest)
-                    if stays is not None:
-                        self._of[event.digest] = stays
+                if self._opened is None or event.commit is not None:
+                    return
+                stays = self._of.get(self._opened.digest)
+                if stays is not None:
+                    self._of[event.digest] = stays
             case AdapterEvaluated():
                 self._measure(event)
             case ModelPublished():
                 self._published[event.digest] = event
+                self._forget()
             case _:
-                pass
+                return
+        self._ranked = None
 
     def of(self, digest: str) -> Measured | None:
         """What was measured of this adapter, if anything was."""
@@ -91,9 +105,11 @@ class HeldOut:
 
         By accuracy where labels are chosen, and then by loss.
         """
-        found = [(self.of(digest), one) for digest, one in reversed(self._published.items())]
-        measured = [(figures, one) for figures, one in found if figures is not None]
-        return [one for _, one in sorted(measured, key=lambda pair: self._rank(pair[0]))]
+        if self._ranked is None:
+            found = [(self.of(digest), one) for digest, one in reversed(self._published.items())]
+            judged = [(self._rank(figures), one) for figures, one in found if figures is not None]
+            self._ranked = [one for _, one in sorted(judged, key=lambda pair: pair[0])]
+        return list(self._ranked)
 
     def awaited(self) -> list[ModelPublished]:
         """The published adapters that are being measured, in order: nobody has answered yet."""
@@ -107,25 +123,37 @@ class HeldOut:
             return False
         best, since = None, 0
         for measured in self.measured:
-            if best is None or self._better(measured, best):
-                best, since = measured, 0
+            rank = self._rank(measured)
+            if best is None or rank < best:
+                best, since = rank, 0
             else:
                 since += 1
         return since >= self._patience
 
     def _measure(self, event: AdapterEvaluated) -> None:
         measured = self._of.get(event.digest)
-        if measured is None:
+        if measured is None or not event.weight:
             return
+        first = not measured.weight
         measured.add(event)
-        if measured not in self.measured:  # one may come after that of a later round
+        if first:  # it may come after that of a later round
             self.measured.append(measured)
             self.measured.sort(key=lambda one: one.round)
-
-    def _better(self, one: Measured, other: Measured) -> bool:
-        return self._rank(one) < self._rank(other)
+            del self.measured[:-MOST_MEASURED]
 
     def _rank(self, measured: Measured) -> tuple[float, float]:
+        """Of what has been measured; the least is the best."""
         accuracy = measured.accuracy if self._by_accuracy else None
-        loss = measured.summed / measured.weight if measured.weight else 0.0
-        return -(accuracy or 0.0), loss
+        return -(accuracy or 0.0), measured.loss_sum / measured.weight
+
+    def _forget(self) -> None:
+        """Drop versions that can hardly be the best any more, and what was measured of them."""
+        if len(self._published) <= MOST_VERSIONS:
+            return
+        self._ranked = None
+        best = {one.digest for one in self.ranked()[:_BEST_KEPT]}
+        newest = set(islice(reversed(self._published), _NEWEST_KEPT))
+        kept = best | newest
+        self._published = {key: one for key, one in self._published.items() if key in kept}
+        recent = set(islice(reversed(self._of), MOST_VERSIONS))
+        self._of = {key: one for key, one in self._of.items() if key in kept or key in recent}

@@ -63,11 +63,13 @@ class Folding:
         rounds: Mapping[int, RoundRecord],
         counted: int,
         allowed: frozenset[str],
+        judges: frozenset[str],
     ) -> None:
         """`opened` is the open round, if any.
 
         `counted`: how many updates it has so far, with those of the rounds carried on into it.
-        `allowed` devices alone may take part; empty: all.
+        `allowed` devices alone may take part, and of them `judges` alone measure held-out rows;
+        empty: all.
         """
         self._job = job
         self._epoch = epoch
@@ -75,6 +77,7 @@ class Folding:
         self._rounds = rounds
         self._counted = counted
         self._allowed = allowed
+        self._judges = judges
         self._seen: set[tuple[int, str, int]] = set()
         self._rows: list[FoldedUpdate] = []
         self._batches: dict[int, Batch] = {}
@@ -107,6 +110,8 @@ class Folding:
         open_round = self._opened.round if self._opened else -1
         match update.result:
             case EvaluateResult():
+                if self._judges and key.device not in self._judges:
+                    raise InvalidUpdate(f"job {self._job} has others measure held-out rows")
                 if not record.opened.evaluate:
                     raise InvalidUpdate(f"round {key.round} is not evaluated")
                 row = self._evaluation(update, update.result)

@@ -37,11 +37,6 @@ class Progress:
         """Nothing so far."""
         return cls(Pool(opened.directions))
 
-    @property
-    def empty(self) -> bool:
-        """Nothing came, in time or late."""
-        return not (self.updates or self.late_updates)
-
 
 @dataclass
 class RoundRecord:

@@ -2,14 +2,14 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 
 from services.aggregator.config import Settings
-from services.aggregator.folding import Outcome, TooMuchAtOnce
+from services.aggregator.folding import Outcome
 from services.aggregator.opening import most_snapshot_bytes, open_job
 from services.aggregator.state import EVALUATION_ROUNDS, JobState
 from services.aggregator.store import Store
-from shared import subjects
+from shared import blobs, subjects
 from shared.bus import Bus, Delivery, Stored, Streams
 from shared.clock import Clock
 from shared.codec import check_sender, decode, encode
@@ -185,10 +185,11 @@ class Aggregator:
         if job is None or job.ended or not job.begun:
             raise RejectError(f"no job {request.job!r} is running; see `seedwire job list`")
         async with self._turn:
-            with suppress(TransientError):
-                await self._store.bring(job)
-            if job.start is None:  # without, it ends as it stands
+            try:
+                await self._bring(job)
                 await self._go_on(job)
+            except blobs.NotStored:
+                log.warning("stopped_without_its_start", job=job.job)
             for event in job.decide_stop():
                 await self._commit(event)
             await settle(self._go_on(job), self.counters, what="job")
@@ -202,8 +203,8 @@ class Aggregator:
         start = await self._store.named("start", request.start, most)
         anchor = request.anchor and await self._store.named("anchor", request.anchor, most)
         async with self._turn:
-            await self._bring(job)
-            await self._go_on(job)
+            if job.start is None:  # else it does not wait
+                await self._go_on(job)
             event = job.decide_epoch(request, start, anchor)
             await self._commit(event)
             job.begin(start)
@@ -212,9 +213,16 @@ class Aggregator:
         return JobAccepted(job=request.job)
 
     async def _bring(self, job: JobState) -> None:
-        """As `Store.bring`, for somebody who waits for an answer."""
+        """As `Store.bring`, for somebody who waits for an answer.
+
+        Raises:
+            NotStored: its start is not in the store.
+            RejectError: nobody knows, for now.
+        """
         try:
-            await self._store.bring(job)
+            await self._store.bring(job, anew=True)
+        except blobs.NotStored:
+            raise
         except TransientError as error:
             raise RejectError(f"{error}; then ask again") from error
 
@@ -282,18 +290,13 @@ class Aggregator:
             # An earlier turn was cut short. Without a start the job cannot go on, but it can count.
             if job.open is None and not job.ended and job.start is None:
                 await self._go_on(job)
-            try:
+            while updates:
                 event, outcomes = job.decide_updates(updates)
-            except TooMuchAtOnce:
-                middle = len(updates) // 2
-            else:
+                taken, updates = updates[: len(outcomes)], updates[len(outcomes) :]
                 if event is not None:
                     await self._detail_commit(job, event)
-                await self._settle(updates, outcomes)
+                await self._settle(taken, outcomes)
                 await settle(self._go_on(job), self.counters, what="round")
-                return
-        for half in (updates[:middle], updates[middle:]):
-            await self._fold_job(name, half)
 
     async def _ticks(self) -> None:
         """Close what is overdue, and take up what a crash or the broker cut short."""

@@ -21,30 +21,35 @@ class Snapshots:
         """Of the newest."""
         self._begun_with: list[BlobRef] = []
         """Starts and anchors of all epochs: each is needed by whoever reads the log."""
-        self._outdated: tuple[list[BlobRef], list[BlobRef]] = ([], [])
+        self._best_before: list[BlobRef] = []
+        """Of the epoch before, until this one has published: it serves so long."""
+        self._outdated_before: set[BlobRef] = set()
+        self._outdated_then: set[BlobRef] = set()
         """Those that were so when the last but one was published, and when the last was."""
 
     def see(self, event: LogEvent) -> None:
         """Take in one fact."""
+        if isinstance(event, EpochOpened):
+            self._best_before = [one.snapshot for one in self.held_out.ranked()[:1]]
         self.held_out.see(event)
         match event:
             case EpochOpened():
                 self._begun_with += filter(None, (event.start, event.anchor))
             case ModelPublished():
-                self.round = event.round
-                # Who is restarted tells the store once more: the first time may have been cut
-                # short.
-                told, again = self._outdated
-                there = [one for one in self.listed if one not in told or one not in again]
-                self.listed = [*there, event.snapshot]
-                self._outdated = again, self.outdated
+                self.round, self._best_before = event.round, []
+                # Gone is what was outdated twice: who is restarted tells the store once more, as
+                # the first time may have been cut short.
+                gone = self._outdated_before & self._outdated_then
+                self.listed = [*(one for one in self.listed if one not in gone), event.snapshot]
+                self._outdated_before = self._outdated_then
+                self._outdated_then = set(self.outdated)
             case _:
                 pass
 
     @property
     def outdated(self) -> list[BlobRef]:
         """What newer or better ones pushed out, unless a kept one has the same bytes."""
-        needed = self.needed
+        needed = set(self.needed)
         return [snapshot for snapshot in self.listed if snapshot not in needed]
 
     @property
@@ -52,4 +57,5 @@ class Snapshots:
         """Where the job began, its newest, its best, and what may be."""
         judged = self.held_out.ranked()[:KEPT]
         judged += self.held_out.awaited()[-KEPT_UNMEASURED:]
-        return [*self._begun_with, *self.listed[-KEPT:], *(one.snapshot for one in judged)]
+        kept = [*self._begun_with, *self._best_before, *self.listed[-KEPT:]]
+        return [*kept, *(one.snapshot for one in judged)]

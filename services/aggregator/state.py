@@ -10,7 +10,7 @@ from typing import Literal
 import msgspec
 
 from services.aggregator import pooling
-from services.aggregator.folding import Folding, Outcome
+from services.aggregator.folding import Folding, Outcome, TooMuchAtOnce
 from services.aggregator.methods import METHODS, Closing, Method, Past, RoundSums
 from services.aggregator.opening import open_epoch
 from services.aggregator.pooling import Pool
@@ -56,6 +56,7 @@ class JobState:
         self.job = opened.job
         self.spec: JobSpec = opened.spec
         self._allowed = frozenset(opened.spec.allow_devices)
+        self._judges = frozenset(opened.spec.evaluation.allow_devices)
         self.snapshots = Snapshots()
         self._standing: Standing | None = None
         self.rounds: dict[int, RoundRecord] = {}
@@ -88,9 +89,21 @@ class JobState:
     def decide_updates(
         self, updates: Sequence[SubmitUpdate]
     ) -> tuple[UpdatesFolded | None, list[Outcome]]:
-        """What to log for a batch of this job's updates, and what becomes of each, in order."""
+        """What to log for this job's updates, and what becomes of each, in order.
+
+        Of as many of the first of them as one event can hold; the others are for the next call.
+        """
+        try:
+            return self._folded(updates)
+        except TooMuchAtOnce:
+            return self.decide_updates(updates[: len(updates) // 2])
+
+    def _folded(
+        self, updates: Sequence[SubmitUpdate]
+    ) -> tuple[UpdatesFolded | None, list[Outcome]]:
         counted = sum(progress.updates for _, progress in self._together())
-        batch = Folding(self.job, self._epoch, self.open, self.rounds, counted, self._allowed)
+        who = self._allowed, self._judges
+        batch = Folding(self.job, self._epoch, self.open, self.rounds, counted, *who)
         outcomes: list[Outcome] = []
         for update in updates:
             try:
@@ -391,11 +404,7 @@ class JobState:
         self.open = None
         self.round = event.round
         self.detail_sequence = max(self.detail_sequence, event.detail_sequence)
-        self.carried.append(event.round)
-        if not (event.more or (event.reason == "abandoned" and len(self.carried) > 1)):
-            for number in self.carried:
-                self.rounds[number].committed(event.frozen)
-            self.carried = []
+        self._carry(event, record)
         ended = event.reason in ("enough", "deadline") and not event.more
         tuned = record.opened.kind == "tune" and ended
         if tuned:
@@ -411,6 +420,22 @@ class JobState:
         # What is measured is published: it may turn out to be the best.
         measured = event.commit is not None and self._evaluation_due
         self.snapshot_due = self.snapshot_due or self.finished or periodic or measured
+
+    def _carry(self, event: RoundClosed, record: RoundRecord) -> None:
+        """Its sums wait for a later commit, or all that wait are in this one, or dropped.
+
+        Told by LOG alone: a replay has not read DETAIL yet. A round to which nobody came while
+        others wait is not carried, or they would pile up where nobody comes for long.
+        """
+        abandoned = event.reason == "abandoned"
+        if self.carried and abandoned and not (event.updates or event.late):
+            record.committed(None)
+            return
+        self.carried.append(event.round)
+        if not (event.more or (abandoned and len(self.carried) > 1)):
+            for number in self.carried:
+                self.rounds[number].committed(event.frozen)
+            self.carried = []
 
     def _evolve_evaluated(self, event: AdapterEvaluated) -> None:
         self.evaluations_logged.add((event.detail_sequence, event.round))
@@ -468,12 +493,6 @@ class JobState:
 
     def _forget(self) -> None:
         """Drop what is past the lateness bound; of evaluated rounds, what probes need."""
-        oldest = self.round - self.spec.pacing.lateness_rounds
-        for number in [number for number in self.carried if number < oldest]:
-            progress = self.rounds[number].progress
-            if progress is not None and progress.empty:  # nobody came, or will
-                self.rounds[number].committed(None)
-                self.carried.remove(number)
         for number, record in list(self.rounds.items()):
             if record.progress is not None:
                 continue

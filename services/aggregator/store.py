@@ -16,6 +16,8 @@ from shared.metrics import Counters
 
 log = get("aggregator")
 
+_TIDY_AGAIN_S = 10.0
+
 
 class Store:
     """The blob store as the aggregator uses it; what was not to be had is asked for again later."""
@@ -30,6 +32,8 @@ class Store:
         """Why a snapshot that is due cannot be stored now."""
         self._removed: dict[str, set[BlobRef]] = {}
         """By job, those of its outdated snapshots that the store has been told to forget."""
+        self._tidy_from = 0.0
+        """When it is worth telling it again."""
 
     @property
     def problem(self) -> str:
@@ -41,21 +45,23 @@ class Store:
         missing = self._missing.get(job.job)
         return missing is not None and self._clock.now() < missing[0]
 
-    async def bring(self, job: JobState) -> None:
-        """The job's adapter is at hand, or no longer needed.
+    async def bring(self, job: JobState, *, anew: bool = False) -> None:
+        """The job's adapter is at hand, or no longer needed; `anew`: asked for without delay.
 
         Raises:
-            TransientError: what its epoch starts with cannot be had now.
+            TransientError: what its epoch starts with cannot be had now; NotStored: the store does
+                not have it.
         """
         if job.start is None or job.ended:
             self._missing.pop(job.job, None)
             return
-        if self.put_off(job):
+        if self.put_off(job) and not anew:
             raise self._missing[job.job][1]
         try:
             data = await blobs.load(self._streams, job.start)
         except TransientError as error:
-            why = TransientError(f"start of job {job.job}: {error}", delay_s=error.delay_s)
+            kind = blobs.NotStored if isinstance(error, blobs.NotStored) else TransientError
+            why = kind(f"start of job {job.job}: {error}", delay_s=error.delay_s)
             self._missing[job.job] = (self._clock.now() + error.delay_s, why)
             log.warning("start_missing", job=job.job, error=str(error))
             raise why from error
@@ -101,7 +107,7 @@ class Store:
         outdated = job.snapshots.outdated
         removed = self._removed[job.job] = self._removed.get(job.job, set()).intersection(outdated)
         left = [snapshot for snapshot in outdated if snapshot not in removed]
-        if not left:
+        if not left or self._clock.now() < self._tidy_from:
             return
         needed = {snapshot for other in jobs for snapshot in other.snapshots.needed}
         try:
@@ -110,4 +116,5 @@ class Store:
                     await blobs.delete(self._streams, snapshot)
                     removed.add(snapshot)
         except TransientError as error:
+            self._tidy_from = self._clock.now() + _TIDY_AGAIN_S
             log.warning("snapshot_not_removed", job=job.job, error=str(error))

@@ -130,8 +130,10 @@ class Progress:
         if self.epochs > 1:
             rows.insert(0, ("epochs", f"{self.epoch + 1} of {self.epochs}"))
         if self.ended is not None:
-            early = ", as nothing came that was better" if self._judged.converged else ""
-            rows.insert(0, ("ended", self.ended.reason + early))
+            early = self._judged.converged and self.closed - self.closed_before < self.rounds
+            stood = early and self.ended.reason == "finished"
+            why = ", as nothing came that was better" if stood else ""
+            rows.insert(0, ("ended", self.ended.reason + why))
         rows.append(("updates counted", str(self.updates)))
         if self.first is not None and self.last is not None:
             before, after = self.first, self.last

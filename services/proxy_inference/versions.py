@@ -5,19 +5,16 @@ comes out. Versions that are overtaken before they are served are skipped, not q
 """
 
 from collections.abc import Iterable
-from typing import Literal
 
 import msgspec
 
-from shared.heldout import HeldOut
+from services.proxy_inference.preferring import Prefer, Preference
 from shared.messages import BlobRef, EpochOpened, JobOpened, JobSpec, LogEvent, ModelPublished
 
 BASE = "base"
 
-Prefer = Literal["best", "newest"]
-
 _PUBLISHED_KNOWN = 64
-"""So many published versions of a job are remembered; the store has its last two."""
+"""So many published versions of a job are remembered, and its best."""
 
 _ANOTHER_LOG = 2**53
 
@@ -68,7 +65,7 @@ class Versions:
         `served` is the digest of what served before a restart; it serves on until the log is read.
         """
         self.pin = pin
-        self._prefer: Prefer = prefer
+        self._preference = Preference(prefer)
         self._served = served
         self.refused: dict[str, str] = {}
         """Why, by digest of the adapter."""
@@ -78,11 +75,6 @@ class Versions:
         self._anchors: dict[tuple[str, int], BlobRef] = {}
         self._known: dict[tuple[str, int], Version] = {}
         """By job and round; a later epoch's takes an earlier one's place."""
-        self._held_out: dict[str, HeldOut] = {}
-        self._best_before: dict[str, Version] = {}
-        """By job: its best of the epoch before, as long as the present one has published none."""
-        self._absent: set[str] = set()
-        """Digests of what the store has no more."""
         self._kept: set[tuple[str, int]] = set()
         """Those on disk."""
         self._logged: set[str] = set()
@@ -90,12 +82,7 @@ class Versions:
 
     def see(self, sequence: int, event: LogEvent) -> None:
         """Take in one fact of the log."""
-        if isinstance(event, JobOpened):
-            self._held_out[event.job] = HeldOut()
-        elif isinstance(event, EpochOpened) and (best := self._best(event.job)):
-            self._best_before[event.job] = best
-        if event.job in self._held_out:
-            self._held_out[event.job].see(event)
+        self._preference.see(event)
         match event:
             case JobOpened():
                 self._specs[event.job] = event.spec
@@ -108,7 +95,6 @@ class Versions:
                     event.job, event.epoch, event.round, event.digest, event.snapshot, sequence
                 )
                 self._add(version)
-                self._absent.discard(version.digest)
                 self._logged.add(version.digest)
             case _:
                 pass
@@ -141,8 +127,8 @@ class Versions:
         self.refused[version.digest] = why
 
     def miss(self, version: Version) -> bool:
-        """The store does not have it now; whether another is wanted in its place."""
-        self._absent.add(version.digest)
+        """The store does not have it; whether another is wanted in its place."""
+        self._preference.miss(version.digest)
         return self.wanted() != version
 
     def wanted(self) -> Version | None:
@@ -199,7 +185,7 @@ class Versions:
         """Serve the preferred again, and whatever comes; what was refused is tried again."""
         self.pin = None
         self.refused.clear()
-        self._absent.clear()
+        self._served = ""
 
     def listed(self) -> list[Version]:
         """Versions that can be asked for by name, newest first: those on disk, and the wanted."""
@@ -212,7 +198,7 @@ class Versions:
     def surplus(self, count: int, serving: Iterable[Version]) -> list[Version]:
         """Versions on disk beyond the newest `count` of each job, but for those in use."""
         held = {one.name for one in serving} | {f"{p.job}@{p.round}" for p in [self.pin] if p}
-        held |= {best.name for job in self._held_out if (best := self._best(job))}
+        held |= {best.name for job in {job for job, _ in self._kept} if (best := self._best(job))}
         surplus: list[Version] = []
         for job in {job for job, _ in self._kept}:
             kept = [self._known[key] for key in self._kept if key[0] == job]
@@ -238,24 +224,18 @@ class Versions:
             (one for one in self._known.values() if one.job == version.job),
             key=lambda one: one.sequence,
         )
+        best = self._best(version.job) if len(mine) > _PUBLISHED_KNOWN else None
         for old in mine[:-_PUBLISHED_KNOWN]:
-            if (old.job, old.round) not in self._kept:
+            if (old.job, old.round) not in self._kept and old != best:
                 del self._known[old.job, old.round]
 
     def _best(self, job: str) -> Version | None:
-        """What did best on held-out rows in the job's newest epoch that has versions.
-
-        None where nothing was measured, or the newest is preferred.
-        """
-        if self._prefer == "newest" or job not in self._held_out:
-            return None
-        usable = {one.digest: one for one in self._usable(job) if one.digest not in self._absent}
-        ranked = (usable.get(one.digest) for one in self._held_out[job].ranked())
-        best = next(filter(None, ranked), None)
-        before = self._best_before.get(job)
-        if best is not None or before is None or before.digest not in usable:
-            return best
-        return before if all(one.epoch <= before.epoch for one in usable.values()) else None
+        """What did best on held-out rows, of what can be had; None where nothing was measured."""
+        usable = {one.digest: one for one in self._usable(job)}
+        kept = {self._known[key].digest for key in self._kept if key[0] == job}
+        epochs = {digest: one.epoch for digest, one in usable.items()}
+        best = self._preference.best(job, epochs, kept)
+        return None if best is None else usable[best]
 
     def _usable(self, job: str = "") -> list[Version]:
         return [

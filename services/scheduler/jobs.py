@@ -54,6 +54,7 @@ class Job:
         self.paces = Paces()
         self.open: OpenRound | None = None
         self._allowed = frozenset(opened.spec.allow_devices)
+        self._judges = frozenset(opened.spec.evaluation.allow_devices)
         self._closed: dict[int, OpenRound] = {}
         self._rewards = Rewards()
         self._recent: deque[list[str]] = deque(maxlen=RECENT_REPORTS)
@@ -135,9 +136,13 @@ class Job:
             return f"the device cannot help with job {self.name}: {why}"
         if self._allowed and report.device not in self._allowed:
             return f"job {self.name} does not allow this device"
-        if not (report.rows or evaluates(report)):
+        if not (report.rows or self._evaluates(report)):
             return f"the device has no rows for job {self.name}"
         return ""
+
+    def _evaluates(self, report: DeviceReport) -> bool:
+        """Whether it may be asked to measure held-out rows for this job."""
+        return evaluates(report) and (not self._judges or report.device in self._judges)
 
     def offer(
         self, opened: OpenRound, report: DeviceReport, kinds: Collection[str], now: float
@@ -146,7 +151,7 @@ class Job:
         if reason := self.refusal(report):
             return reason
         reason = f"round {opened.opened.round} has no work of a kind that the device knows"
-        if "evaluate" in kinds and evaluates(report):
+        if "evaluate" in kinds and self._evaluates(report):
             offer = opened.evaluation_for(report.device, now)
             if isinstance(offer, Offer):
                 return offer
@@ -250,7 +255,7 @@ class Job:
             for each in live
             if each.report is not None
             and each.name not in opened.evaluators
-            and evaluates(each.report)
+            and self._evaluates(each.report)
             and not self.refusal(each.report)
         )
         return tuple(name for _, name in fast[:lacking])

@@ -27,7 +27,10 @@ _ENDLESS_LINE = 1 << 30
 """A line of more bytes has no end worth looking for: the rest of the file is passed over."""
 _PASSED_AT_ONCE = 1 << 16
 _MOST_LINES = 1 << 17
-"""Of one CSV record; in a file with a quote too many the next 1 MiB of rows is rarely as many."""
+"""Of one CSV record."""
+_CHANCES = 16
+"""So many records that are too long are taken for a quote too many: the lines after their first are
+read again, as rows of their own."""
 
 csv.field_size_limit(_LARGEST_FIELD)
 
@@ -152,6 +155,7 @@ class _Feed:
         self.taken: list[_Line] = []
         self.size = 0
         self.ended = False
+        self.chances = _CHANCES
 
     def __iter__(self) -> Generator[str, None, None]:
         while one := self._again.popleft() if self._again else next(self._lines, None):
@@ -201,7 +205,10 @@ def _csv(path: str, lines: Iterator[_Line], place: Place, closed: bool) -> Itera
             cells, refusal = next(reader), ""
         except StopIteration:
             return
-        except _TooLong as error:  # given again, each of its lines could begin another
+        except _TooLong as error:
+            if feed.chances:  # each of its lines may begin another that is as long
+                feed.chances -= 1
+                feed.give_again()
             reader = csv.reader(feed, delimiter=place.delimiter, strict=True)
             cells, refusal = [], str(error)
         except csv.Error as error:

@@ -141,6 +141,8 @@ class Evaluation(Record, frozen=True):
     patience: Annotated[int, Meta(ge=0, le=2**31)] = 0
     """After so many measurements in a row without a better one tuning is over; 0: it goes on to
     its last round."""
+    allow_devices: Annotated[list[Name], Meta(max_length=10_000)] = []
+    """Whose measurements count; empty: those of every device that says it is trusted."""
 
 
 class JobSpec(Record, frozen=True):

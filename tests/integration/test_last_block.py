@@ -76,7 +76,7 @@ async def test_a_fleet_learns_by_its_last_block_and_the_proxy_answers_as_it_was_
         best = held_out.ranked()[0]
         first, told = held_out.measured[0], held_out.of(best.digest)
         assert told is not None
-        assert told.summed < 0.8 * first.summed
+        assert told.loss_sum < 0.8 * first.loss_sum
         assert told.correct > 0.7 * told.examples == 0.7 * HELDOUT
 
         arguments = ("--model", str(model), "--servers", *fleet.servers)

@@ -348,3 +348,16 @@ def test_who_is_not_allowed_is_rejected() -> None:
     run = Run(replace(job, spec=replace(job.spec, allow_devices=["a"])))
     outcomes = run.send(a_probe(run.opened, "a"), a_probe(run.opened, "stranger"))
     assert words(outcomes) == ["folded", "rejected"]
+
+
+def test_who_is_not_among_the_jobs_judges_measures_nothing() -> None:
+    job = a_job(evaluate_every=1)
+    evaluation = replace(job.spec.evaluation, allow_devices=["judge"])
+    run = Run(replace(job, spec=replace(job.spec, evaluation=evaluation)))
+    asked = (an_evaluation(run.opened, "stranger", correct=100), an_evaluation(run.opened, "judge"))
+    assert words(run.send(*asked, a_probe(run.opened, "stranger"))) == [
+        "rejected",
+        "folded",
+        "folded",
+    ]
+    assert run.state.summary().accuracy == 0.3

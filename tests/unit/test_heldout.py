@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
-from shared.messages import JobEnded, ModelPublished, RoundOpened, SubmitUpdate
+from shared.heldout import MOST_VERSIONS
+from shared.messages import EvaluateResult, JobEnded, ModelPublished, RoundOpened, SubmitUpdate
 from tests.support.jobs import a_job, an_evaluation, judged
 from tests.support.runs import Run, measured_run, moved
 
@@ -74,7 +75,30 @@ def test_a_job_without_anything_better_ends_when_its_patience_is_out() -> None:
     # The fifth is better; three that are not follow, and the round that was open then is closed.
     assert max(rounds) == 8
     assert best(run) == 7
-    assert run.restarted().state.ended == run.state.ended
+    figures.pop()
+    cut = measured_run(figures[:7], a_job(rounds=24, evaluate_every=1, patience=3)).restarted()
+    cut.send(an_evaluation(cut.opened, "trusted", correct=61, loss=90.0))
+    moved(cut)
+    assert cut.log[-1] == run.log[-1]
+
+
+def test_who_has_no_rows_has_measured_nothing() -> None:
+    run = Run(a_job(rounds=3, evaluate_every=1, patience=1))
+    nothing = an_evaluation(run.opened, "trusted", correct=0, loss=0.0)
+    empty = EvaluateResult(examples=0, correct=0, weight=0, loss=0.0)
+    run.send(replace(nothing, result=empty))
+    assert judged(run.log).measured == []
+    moved(run)
+    run.send(an_evaluation(run.opened, "trusted"))
+    moved(run)
+    assert run.state.ended is None
+
+
+def test_versions_without_end_are_told_apart_as_long_as_they_may_be_the_best() -> None:
+    run = a_run([(25, 140), (90, 40), *[(30 + n % 9, 130) for n in range(600)]])
+    held_out = judged(run.log)
+    assert held_out.ranked()[0].round == 1
+    assert len(held_out.ranked()) <= MOST_VERSIONS
 
 
 def test_the_store_keeps_the_best_beside_the_newest_and_is_told_what_is_neither() -> None:

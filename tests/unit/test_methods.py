@@ -388,25 +388,6 @@ def test_sums_that_wait_outlive_an_abandoned_round_and_go_with_a_stopped_job(
     assert run.state.finished
 
 
-def test_rounds_to_which_nobody_comes_do_not_pile_up_while_sums_wait(tmp_path: Path) -> None:
-    submit = a_submission(
-        "fwdllm", 1, 4, rounds=1, directions=4, final_step=0.0, threshold=1e-9, most_more=1
-    )
-    run = Run(submit)
-    device = Device("a", tmp_path, 10)
-    run.send(device.probes(run.opened, [(0, 4)]))
-    for _ in range(100):
-        run.overdue()
-    assert len(run.state.carried) < 10
-    assert len(run.state.rounds) < 20
-    device.follow(run)
-    run.send(device.probes(run.opened, [(0, 4)]))
-    commit = run.closes()[-1].commit
-    assert commit is not None
-    assert [term.stream_round for term in commit.terms] == [1, 102]
-    assert run.restarted().closes()[-1].commit == commit
-
-
 def device_of(name: str, folder: Path) -> Device:
     return Device(name, folder, 10)
 

@@ -193,3 +193,31 @@ def test_the_best_of_an_epoch_serves_until_the_next_has_a_version() -> None:
     moved(run)
     assert isinstance(run.log[-2], ModelPublished)
     assert follow(versions, run.log, done)[-1] == f"demo@{run.log[-2].round}"
+
+
+def test_what_the_store_lacked_for_a_moment_serves_all_the_same_once_it_is_here() -> None:
+    log = measured_run(BEST_IN_THE_MIDDLE, JOB).log
+    versions = Versions()
+    follow(versions, log)
+    best = versions.wanted()
+    assert best is not None
+    assert versions.miss(best)
+    versions.keep(best, SPEC, b"m")
+    assert versions.wanted() == best
+
+
+def test_follow_goes_with_the_newest_even_before_the_log_is_read() -> None:
+    versions = Versions(pin=Pin("a", 1), served=digest("a", 1))
+    for number, round in enumerate((1, 2), 1):
+        keep(versions, "a", round, number)
+    assert wanted(versions) == "a@1"
+    versions.follow()
+    assert wanted(versions) == "a@2"
+
+
+def test_a_best_of_long_ago_is_known_whether_the_service_has_run_since_or_not() -> None:
+    figures = [(25, 140.0), (90, 40.0), *[(50, 90.0)] * 80]
+    log = measured_run(figures, a_job(rounds=81, evaluate_every=1)).log
+    live = Versions()
+    follow(live, log)
+    assert wanted(live) == "demo@1"

@@ -15,7 +15,7 @@ from shared.adapter import Adapter
 from shared.bus import Streams
 from shared.engine.fitting import ARCHITECTURES, check_fit
 from shared.engine.gguf_file import Header, read_header
-from shared.errors import EngineError, TransientError
+from shared.errors import EngineError
 from shared.log import read
 from shared.messages import EpochOpened, LogEvent, Manifest, Variant
 
@@ -94,7 +94,7 @@ async def adapter_at(streams: Streams, history: History, round: int, printer: Pr
             continue
         try:
             data = await blobs.load(streams, history.published[published].snapshot)
-        except TransientError:  # only some are kept
+        except blobs.NotStored:  # only some are kept
             continue
         adapter = Adapter.from_bytes(epoch.manifest, data)
         break
