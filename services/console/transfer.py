@@ -68,7 +68,9 @@ async def _reference(streams: Streams, digest: str) -> BlobRef:
     last = max((int(subjects.last_token(one)) for one in await _chunks(streams, digest)), default=0)
     stored = await streams.get_last(subjects.BLOBS_STREAM, subjects.blob(digest, last))
     if stored is None:
-        raise Failure(f"the store has no file {digest}; of a job's snapshots the newest and the best are kept")
+        raise Failure(
+            f"the store has no file {digest}; of a job's snapshots the newest and the best are kept"
+        )
     return BlobRef(digest, last * blobs.CHUNK_BYTES + len(stored.data))
 
 
