@@ -28,7 +28,7 @@ _ENDLESS_LINE = 1 << 30
 _PASSED_AT_ONCE = 1 << 16
 _MOST_LINES = 1 << 17
 """Of one CSV record."""
-_CHANCES = 16
+_CHANCES = 4
 """So many records that are too long are taken for a quote too many: the lines after their first are
 read again, as rows of their own."""
 

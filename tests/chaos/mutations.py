@@ -132,7 +132,7 @@ def begins_an_epoch_at_zero(patch: pytest.MonkeyPatch) -> None:
 
 
 def brings_no_start_after_a_restart(patch: pytest.MonkeyPatch) -> None:
-    async def idle(self: Store, job: JobState) -> None:
+    async def idle(self: Store, job: JobState, *, anew: bool = False) -> None:
         """What the log has is all there is."""
 
     patch.setattr(Store, "bring", idle)
