@@ -83,6 +83,11 @@ class Progress:
                 pass
 
     @property
+    def kept(self) -> ModelPublished | None:
+        """The version that serves and is exported: the best that was measured, or the newest."""
+        return next(iter(self._judged.ranked()), self.published)
+
+    @property
     def waits(self) -> bool:
         """Whether the rounds of an epoch that is not the last are done and published."""
         if self.ended is not None or self.epoch + 1 >= self.epochs or self.published is None:
@@ -121,6 +126,8 @@ class Progress:
         new = self._held_out() if self.news else []
         if self.final:
             return f"final evaluation: {', '.join(new) or 'none came'}"
+        if new and self.last is not None and self.last.round < self.round:
+            new[-1] += f" (as round {self.last.round} began)"
         parts = [f"loss {_number(self.loss)}", *new, self._came()]
         return f"round {self.round}: {', '.join(parts)}"
 
@@ -142,22 +149,15 @@ class Progress:
             rows.append(("held-out loss", f"{_number(before.loss)} -> {_number(after.loss)}"))
         else:  # of batches that differ from round to round: says less
             rows.append(("devices' loss", f"{_number(self.first_loss)} -> {_number(self.loss)}"))
-        published = self.published
-        best = next(iter(self._judged.ranked()), None)
-        if best is not None and published is not None:
-            rows.append(("best of those published", self._best(best)))
-            published = best
-        if published is not None:
-            rows.append(("adapter", published.digest))
-            rows.append(("snapshot blob", published.snapshot.digest))
+        if self.kept is not None:
+            name, figures = f"after round {self.kept.round}", self._judged.of(self.kept.digest)
+            if figures is not None:
+                rows.append((f"best, {name}", ", ".join(self._figures(figures))))
+            rows.append((f"adapter {name}", self.kept.digest))
+            rows.append(("its snapshot blob", self.kept.snapshot.digest))
         elif self.ended is not None:
             rows.append(("adapter", self.ended.digest))
         return rows
-
-    def _best(self, published: ModelPublished) -> str:
-        measured = self._judged.of(published.digest)
-        told = self._figures(measured) if measured is not None else []
-        return f"round {published.round}: {', '.join(told)}"
 
     def _close(self, event: RoundClosed) -> None:
         self.round, self.devices, self.is_open = event.round, event.devices, False

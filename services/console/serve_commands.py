@@ -67,7 +67,7 @@ def roll_back(
     def work(client: ProxyClient) -> None:
         body: dict[str, object] = {} if round is None else {"round": round}
         answer = client.post("/v1/seedwire/rollback", body)
-        printer.result(answer, f"{_now(answer)}; `seedwire serve follow` goes on again")
+        printer.result(answer, f"{_now(answer)}; `seedwire serve follow` goes with the best again")
 
     _ask(url, work, as_json=as_json)
 

@@ -234,8 +234,20 @@ def _let_follow(merged: Table, method: str) -> None:
     evaluation, every = _table(merged, "evaluation"), merged.get("snapshot_every")
     if isinstance(every, int):
         evaluation.setdefault("every_rounds", every)
-    if evaluation.get("patience") and not evaluation.get("every_rounds"):
+    patience, often = evaluation.get("patience"), evaluation.get("every_rounds")
+    if isinstance(patience, int) and isinstance(often, int) and isinstance(rounds, int):
+        _check_patience(patience, often, rounds)
+
+
+def _check_patience(patience: int, often: int, rounds: int) -> None:
+    """Find one that never runs out."""
+    if patience and not often:
         raise Usage("--patience counts measurements: let --evaluate-every be at least 1")
+    if patience and patience * often >= rounds:
+        raise Usage(
+            f"--patience {patience} never runs out where {rounds} rounds are measured every"
+            f" {often}: let --evaluate-every be less"
+        )
 
 
 def _parsed(value: Table, kind: type[Parsed], flags: Mapping[str, Table]) -> Parsed:

@@ -55,8 +55,8 @@ async def watch(bus: Link, job: str, printer: Printer) -> Progress:
         raise Failure(f"the connection ended before job {job} did")
     if not printer.as_json:
         _conclude(progress, printer)
-        if progress.published is not None:  # in one line, to be copied
-            digest = progress.published.snapshot.digest
+        if progress.kept is not None:  # in one line, to be copied
+            digest = progress.kept.snapshot.digest
             printer.remark(f"seedwire blob get {digest} {job}.snapshot")
     return progress
 

@@ -16,6 +16,7 @@ from services.proxy_inference.speaking import Speaker
 from services.proxy_inference.swapping import Swapper
 from services.proxy_inference.versions import BASE, Pin, UnknownVersion, Version, Versions
 from services.proxy_inference.worker import Ticket, Worker
+from shared import blobs
 from shared.errors import EngineError, RejectError, TransientError
 from shared.logs import get
 from shared.messages import JobSpec
@@ -108,6 +109,9 @@ class Proxy:
         except (EngineError, RejectError) as error:
             raise Refusal(404, f"{model}: {error}", param="model", code="model_refused") from error
         except TransientError as error:
+            if isinstance(error, blobs.NotStored) and "@" in model:
+                why = f"{model} is not kept any more; /v1/models lists those that are"
+                raise Refusal(404, why, param="model", code="model_not_found") from error
             raise Refusal(503, f"{model}: {error}", code="not_ready", retry_s=5) from error
 
     @asynccontextmanager

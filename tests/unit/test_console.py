@@ -388,3 +388,16 @@ def test_probes_of_output_rows_take_a_probes_numbers() -> None:
         "adapter": {"kind": "output-rows"},
     }
     assert wanted(flags, {}).spec.tuning.batch_rows == 32
+
+
+@pytest.mark.parametrize(
+    ("every", "patience", "why"),
+    [(0, 2, "counts measurements"), (20, 3, "never runs out where 60 rounds")],
+)
+def test_patience_that_cannot_run_out_is_refused(every: int, patience: int, why: str) -> None:
+    evaluation: dict[str, object] = {"every_rounds": every, "patience": patience}
+    given: dict[str, dict[str, object]] = {"evaluation": evaluation, "tuning": {"rounds": 60}}
+    with pytest.raises(Usage, match=why):
+        wanted(given, {})
+    given["evaluation"]["every_rounds"] = 10
+    assert wanted(given, {}).spec.evaluation.patience == patience

@@ -168,6 +168,11 @@ def _evaluation(tuned: Tuned) -> list[str]:
         if final is None
         else f"**This adapter: {_final(final, answers=answers)}.**\n"
     )
+    if len(found) > 1 and tuned.history.is_best(tuned.adapter.round):
+        lines.append(
+            "It did best on these rows among the versions of its job, so another choice of rows "
+            "would likely find it a little worse.\n"
+        )
     return lines
 
 

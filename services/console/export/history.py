@@ -80,6 +80,10 @@ class History:
             )
         return wanted
 
+    def is_best(self, round: int) -> bool:
+        """Whether the adapter after `round` is the published one that did best."""
+        return any(best.round == round for best in self.held_out.ranked()[:1])
+
     def until(self, round: int) -> list[RoundClosed]:
         """The closes up to `round`."""
         return [closed for closed in self.closed if closed.round <= round]
