@@ -111,6 +111,11 @@ class HeldOut:
             self._ranked = [one for _, one in sorted(judged, key=lambda pair: pair[0])]
         return list(self._ranked)
 
+    @property
+    def best(self) -> ModelPublished | None:
+        """The first of `ranked`; None where nothing that is published was measured."""
+        return next(iter(self.ranked()), None)
+
     def awaited(self) -> list[ModelPublished]:
         """The published adapters that are being measured, in order: nobody has answered yet."""
         found = ((self._of.get(digest), one) for digest, one in self._published.items())

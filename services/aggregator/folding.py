@@ -152,8 +152,7 @@ class Folding:
             loss=self._loss,
             loss_weight=self._loss_weight,
         )
-        size_bytes = len(encode(event))
-        if len(self._rows) > 1 and size_bytes > MOST_EVENT_BYTES:
+        if len(self._rows) > 1 and (size_bytes := len(encode(event))) > MOST_EVENT_BYTES:
             raise TooMuchAtOnce(
                 f"job {self._job}: {len(self._rows)} updates make an event of {size_bytes} bytes, "
                 f"one may have {MOST_EVENT_BYTES}"

@@ -30,7 +30,8 @@ class Snapshots:
     def see(self, event: LogEvent) -> None:
         """Take in one fact."""
         if isinstance(event, EpochOpened):
-            self._best_before = [one.snapshot for one in self.held_out.ranked()[:1]]
+            best = self.held_out.best
+            self._best_before = [best.snapshot] if best else []
         self.held_out.see(event)
         match event:
             case EpochOpened():

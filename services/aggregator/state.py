@@ -187,7 +187,7 @@ class JobState:
             round=adapter.round,
             digest=adapter.digest(),
             snapshot=snapshot,
-            epoch_sequence=self._begun.sequence,
+            epoch_sequence=self._stands.sequence,
         )
 
     # ---- evolve
@@ -236,7 +236,7 @@ class JobState:
             epochs=self.spec.epochs,
             round=self.round,
             rounds=self.spec.tuning.rounds,
-            digest=self.ended.digest if self.ended else self._begun.digest,
+            digest=self.ended.digest if self.ended else self._stands.digest,
             reason=self.ended.reason if self.ended else "",
             accuracy=evaluated.accuracy if evaluated else None,
             loss=evaluated.loss if evaluated else None,
@@ -259,7 +259,7 @@ class JobState:
         Raises:
             MalformedMessage: they are no adapter of the epoch's manifest.
         """
-        self._begun.begin(data)
+        self._stands.begin(data)
 
     # ---- inside
 
@@ -270,10 +270,10 @@ class JobState:
         Raises:
             RuntimeError: the job has no epoch (see `begun`), or not its start (see `begin`).
         """
-        return self._begun.adapter
+        return self._stands.adapter
 
     @property
-    def _begun(self) -> Standing:
+    def _stands(self) -> Standing:
         if self._standing is None:
             raise RuntimeError(f"job {self.job} has no epoch")
         return self._standing
@@ -324,7 +324,7 @@ class JobState:
             round=opened.round,
             reason=reason,
             commit=commit,
-            digest=self._begun.after(opened.round, commit),
+            digest=self._stands.after(opened.round, commit),
             detail_sequence=self.detail_sequence,
             frozen=closing.frozen if closing else None,
             updates=progress.updates,
@@ -384,7 +384,7 @@ class JobState:
 
     def _end(self, reason: Literal["finished", "stopped"]) -> JobEnded:
         stands = self.round - (self.open is not None)
-        return JobEnded(self.job, self._epoch, stands, reason, self._begun.digest)
+        return JobEnded(self.job, self._epoch, stands, reason, self._stands.digest)
 
     def _evolve_epoch(self, event: EpochOpened, sequence: int) -> None:
         """Nothing of the epoch before is of use any more: its latecomers would move nothing."""

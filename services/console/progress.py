@@ -85,7 +85,7 @@ class Progress:
     @property
     def kept(self) -> ModelPublished | None:
         """The version that serves and is exported: the best that was measured, or the newest."""
-        return next(iter(self._judged.ranked()), self.published)
+        return self._judged.best or self.published
 
     @property
     def waits(self) -> bool:

@@ -28,8 +28,8 @@ class Preference:
             case JobOpened():
                 self._held_out[event.job] = HeldOut()
             case EpochOpened() if event.job in self._held_out:
-                ranked = self._held_out[event.job].ranked()
-                self._before[event.job] = ranked[0].digest if ranked else ""
+                best = self._held_out[event.job].best
+                self._before[event.job] = best.digest if best else ""
             case ModelPublished():
                 self._absent.clear()
             case _:

@@ -197,12 +197,12 @@ class JobHistory(msgspec.Struct):
     @property
     def best(self) -> dict[str, object] | None:
         """The version that did best on held-out rows."""
-        for published in self.held_out.ranked()[:1]:
-            measured = self.held_out.of(published.digest)
-            if measured is not None:
-                accuracy = measured.accuracy if self.has_answers else None
-                return {"round": published.round, "accuracy": accuracy, "loss": measured.loss}
-        return None
+        best = self.held_out.best
+        measured = None if best is None else self.held_out.of(best.digest)
+        if best is None or measured is None:
+            return None
+        accuracy = measured.accuracy if self.has_answers else None
+        return {"round": best.round, "accuracy": accuracy, "loss": measured.loss}
 
     def summary(self) -> dict[str, object]:
         """The job in a line of a list."""

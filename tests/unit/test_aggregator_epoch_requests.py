@@ -49,6 +49,14 @@ async def do_a_round(aggregator: Aggregator, job: str = "demo") -> None:
         await aggregator.fold([stored(a_probe(opened, device, first=first))])
 
 
+async def one_that_waits(link: Link) -> Aggregator:
+    """An aggregator whose job `demo` has done its first epoch."""
+    aggregator = await an_aggregator(link)
+    await aggregator.answer(two_epochs())
+    await do_a_round(aggregator)
+    return aggregator
+
+
 async def a_request(link: Link, aggregator: Aggregator) -> OpenEpoch:
     before = aggregator.jobs["demo"].adapter
     manifest = encode_manifest(next_epoch(before.manifest))
@@ -59,9 +67,7 @@ async def a_request(link: Link, aggregator: Aggregator) -> OpenEpoch:
 async def test_a_restart_while_it_waits_and_one_after_lose_nothing() -> None:
     broker = MemoryBroker()
     link = broker.connect("aggregator")
-    first = await an_aggregator(link)
-    await first.answer(two_epochs())
-    await do_a_round(first)
+    first = await one_that_waits(link)
     assert first.jobs["demo"].summary().status == "waiting"
 
     second = await an_aggregator(link)
@@ -85,9 +91,7 @@ async def test_a_restart_while_it_waits_and_one_after_lose_nothing() -> None:
 
 async def test_a_start_that_is_not_in_the_store_is_refused_and_the_job_waits_on() -> None:
     link = MemoryBroker().connect("aggregator")
-    aggregator = await an_aggregator(link)
-    await aggregator.answer(two_epochs())
-    await do_a_round(aggregator)
+    aggregator = await one_that_waits(link)
     request = await a_request(link, aggregator)
     missing = replace(request.start, digest="f" * 64)
     with pytest.raises(RejectError, match=r"start: chunk 0 .* is not in the store"):
@@ -107,9 +111,7 @@ async def test_a_start_that_is_not_in_the_store_is_refused_and_the_job_waits_on(
 
 async def test_a_job_that_waits_ends_when_it_is_stopped() -> None:
     link = MemoryBroker().connect("aggregator")
-    aggregator = await an_aggregator(link)
-    await aggregator.answer(two_epochs())
-    await do_a_round(aggregator)
+    aggregator = await one_that_waits(link)
     await aggregator.answer(StopJob(job="demo"))
     ended = aggregator.jobs["demo"].ended
     assert ended is not None
@@ -118,9 +120,7 @@ async def test_a_job_that_waits_ends_when_it_is_stopped() -> None:
 
 async def test_a_job_whose_start_is_lost_for_good_can_be_stopped() -> None:
     link = MemoryBroker().connect("aggregator")
-    first = await an_aggregator(link)
-    await first.answer(two_epochs())
-    await do_a_round(first)
+    first = await one_that_waits(link)
     request = await a_request(link, first)
     await first.answer(request)
     opened = open_round(first)
@@ -139,9 +139,7 @@ async def test_a_job_whose_start_is_lost_for_good_can_be_stopped() -> None:
 
 async def test_a_start_that_is_lost_holds_up_its_own_job_and_no_other() -> None:
     link = MemoryBroker().connect("aggregator")
-    first = await an_aggregator(link)
-    await first.answer(two_epochs())
-    await do_a_round(first)
+    first = await one_that_waits(link)
     request = await a_request(link, first)
     await first.answer(request)
     await first.answer(a_job("other", rounds=1))
@@ -200,9 +198,7 @@ async def test_what_an_epoch_begins_with_outlives_the_job_that_published_it() ->
 
 async def test_a_start_of_an_absurd_size_is_refused_before_it_is_asked_for() -> None:
     link = MemoryBroker().connect("aggregator")
-    aggregator = await an_aggregator(link)
-    await aggregator.answer(two_epochs())
-    await do_a_round(aggregator)
+    aggregator = await one_that_waits(link)
     request = await a_request(link, aggregator)
     absurd = replace(request.start, size_bytes=2**53)
     async with asyncio.timeout(5):

@@ -70,8 +70,8 @@ class History:
             )
         last = self.closed[-1].round
         if wanted is None:
-            best = self.held_out.ranked()[:1]
-            return best[0].round if best else max(self.published, default=last)
+            best = self.held_out.best
+            return best.round if best else max(self.published, default=last)
         if all(closed.round != wanted for closed in self.closed):
             snapshots = ", ".join(map(str, sorted(self.published)[-5:])) or "none yet"
             raise Failure(
@@ -82,7 +82,8 @@ class History:
 
     def is_best(self, round: int) -> bool:
         """Whether the adapter after `round` is the published one that did best."""
-        return any(best.round == round for best in self.held_out.ranked()[:1])
+        best = self.held_out.best
+        return best is not None and best.round == round
 
     def until(self, round: int) -> list[RoundClosed]:
         """The closes up to `round`."""
